@@ -27,10 +27,8 @@ import numpy as np
 import torch
 from reward_step import non_default_options, table
 
-from longalign.caching.fingerprint import fingerprint, fingerprints
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.config.changes import override, parse_assignments
-from longalign.config.files import checkpoint_file
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.demo import default_config, held_out_captions
 from longalign.encoders.base import TruncationWarning
@@ -38,6 +36,8 @@ from longalign.evaluation.bootstrap import Interval
 from longalign.evaluation.charts import ticks
 from longalign.evaluation.measure import measure
 from longalign.evaluation.record import machine_text
+from longalign.files.fingerprint import fingerprint, fingerprints
+from longalign.files.paths import checkpoint_file
 from longalign.inference.sampling import sample
 from longalign.loop.fit import fit
 from longalign.loop.run import Run

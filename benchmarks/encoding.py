@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
-from longalign.caching.store import Store
 from longalign.encoders.cached import CachedEncoder, entries, prompt_key
 from longalign.encoders.clip.config import ClipSegmentConfig
 from longalign.encoders.clip.segment import ClipSegmentEncoder
 from longalign.evaluation.record import machine_text
+from longalign.files.store import Store
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.segmenters.parts import Sentence
 

@@ -138,7 +138,7 @@ class Composition:
 
     def _build_from_checkpoint(self, checkpoint: str) -> None:
         from longalign.checkpoints.checkpoint import load_into
-        from longalign.config.files import find_checkpoint
+        from longalign.files.paths import find_checkpoint
 
         path = find_checkpoint(checkpoint)  # fail before the weights of the parts are loaded
         backbone, encoder = self._build("backbone"), self._build("encoder")

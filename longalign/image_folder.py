@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longalign.config.files import check_folder
-from longalign.data.lines import inside, read_csv, read_jsonl, read_text, text_of
+from longalign.files.lines import inside, read_csv, read_jsonl, read_text, text_of
+from longalign.files.paths import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,8 +11,8 @@ from longalign.checkpoints import publish, upload
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.checkpoints.diffusers_files import denoiser_folder
 from longalign.config.checks import check_files
-from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config
+from longalign.files.paths import find_checkpoint
 from longalign.image_io import to_pil
 from longalign.inference.pipelines import base_pipeline
 from longalign.inference.sampling import load_model, sample

@@ -1,4 +1,4 @@
-"""Unique names, and numbers with their nouns."""
+"""Unique names, numbers with their nouns, and the order of labels with numbers."""
 
 from __future__ import annotations
 
@@ -14,3 +14,9 @@ def unique_name(name: str, taken: Container[str]) -> str:
 def count(number: int, noun: str) -> str:
     """Returns a number with a noun, in the plural unless the number is 1: ``2 images`` for the noun ``image``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def natural_key(label: str) -> tuple[int, int, str]:
+    """Returns a sort key that orders labels such as "31-60" by their first number. Other labels are last, by text."""
+    digits = label.split("-")[0]
+    return (0, int(digits), label) if digits.isdecimal() else (1, 0, label)

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from longalign.config.run import load_config
-from longalign.data.lines import read_jsonl
 from longalign.demo import ALIGN, BASE, SEGMENTS, default_config, held_out_captions, image_folder, reward_runs
 from longalign.evaluation.sentences import truncated_sentences
+from longalign.files.lines import read_jsonl
 from longalign.image_folder import INDEX
 from longalign.image_io import decode
 from longalign.mini import Caption, fact_accuracy, verdicts

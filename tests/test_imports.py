@@ -20,11 +20,11 @@ KINDS = ("backbones", "data", "edits", "encoders", "rewards", "gradient_steps", 
 # A module imports from lower levels only. Unlisted modules are concrete parts, or helpers of parts.
 PART = 4
 LEVELS = {
-    0: "lazy runtime errors discovery hub names parts registry segmenters config.files data.lines "
-    "data.prompts.formats data.prompts.sets data.images.shards inference.solvers sizes",
+    0: "lazy runtime errors discovery hub names parts registry segmenters files.paths files.lines "
+    "data.prompts.formats data.prompts.sets data.images.shards config.solvers sizes",
     1: "config checkpoints.redaction checkpoints.provenance vlm.config",  # and the configs of all kinds
-    2: "functional image_io atomic mini sharding tokens caching.store caching.fingerprint checkpoints.weights "
-    "evaluation.record evaluation.bootstrap evaluation.groups loop.locks encoders.bucketing encoders.counting vlm",
+    2: "functional image_io files mini sharding tokens "
+    "evaluation.record evaluation.bootstrap evaluation.groups encoders.bucketing encoders.counting vlm",
     3: "backbones.base backbones.flops backbones.graphs backbones.lora backbones.lora_layers data.base "
     "data.images.base data.stream image_folder encoders.base rewards.base "
     "rewards.guard directions edits.base gradient_steps.base metrics.base trainers.base",

@@ -8,9 +8,9 @@ import torch
 
 from longalign import Model
 from longalign.compose import build_from_config
-from longalign.config.files import checkpoint_file
 from longalign.config.run import to_dict
 from longalign.errors import ConfigError
+from longalign.files.paths import checkpoint_file
 from longalign.image_folder import remove_listed
 from longalign.inference.sampling import generate, load_model
 from longalign.runtime import Runtime, devices

@@ -14,11 +14,11 @@ from longalign.ablation.worker import FAILED, FINISHED, IMAGES, JOB, RESULT, rea
 from longalign.checkpoints.redaction import redacted
 from longalign.config.changes import plain
 from longalign.config.checks import check_parts
-from longalign.config.files import check_folder
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.prompts.sets import read_prompt_set
 from longalign.errors import ConfigError
-from longalign.loop.locks import Lock
+from longalign.files.locks import Lock
+from longalign.files.paths import check_folder
 from longalign.metrics.config import MetricConfig, name_problems
 from longalign.registry import PartConfig
 from longalign.registry import metrics as metric_parts

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longalign.config.files import best_checkpoint
 from longalign.config.run import load_config
 from longalign.errors import full_message, redact_url
+from longalign.files.paths import best_checkpoint
 from longalign.loop.fit import fit
 
 JOB, RESULT, IMAGES = "job.json", "result.json", "images"
@@ -84,7 +84,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file atomically, so that an interruption leaves the old file or the new one."""
-    from longalign.atomic import atomic_write
+    from longalign.files.atomic import atomic_write
 
     with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -18,6 +18,7 @@ from longalign.backbones.lora import (
     LoraWeights,
     check_same_names,
     inject_lora,
+    is_part_of,
     merge_into_base,
     read_lora,
     temporarily_merged,
@@ -55,6 +56,10 @@ class Backbone(nn.Module):
     #: regular expression of the names of the layers with a LoRA if `LoraConfig.targets` is None; None selects those of
     #: `longalign.backbones.lora.lora_targets`
     default_targets: str | None = None
+    #: regular expression of the names of modules whose weights cannot change the prediction, such as text layers of the
+    #: last block. They get no LoRA and stay frozen in full fine-tuning: distributed training rejects weights without
+    #: gradient.
+    unused_modules: str | None = None
 
     def __init__(self, denoiser: nn.Module, prediction: str, noise_levels: NoiseLevels, resolution: int):
         super().__init__()
@@ -310,7 +315,8 @@ class Backbone(nn.Module):
         if name in (lora.name for lora in self._merged):
             raise ValueError(f"the backbone already has a LoRA '{name}'; choose a name not in {self.lora_names}")
         targets = self.default_targets if config.targets is None else config.targets
-        parameters = inject_lora(self.denoiser, config.model_copy(update={"targets": targets}), name)
+        settings = config.model_copy(update={"targets": targets})
+        parameters = inject_lora(self.denoiser, settings, name, self.unused_modules)
         self._active = (name, config)
         return parameters
 
@@ -335,14 +341,21 @@ class Backbone(nn.Module):
             self.denoiser.to(dtype) if keeps_float32 else nn.Module.to(self.denoiser, dtype)
 
     def train_all(self) -> list[nn.Parameter]:
-        """Merges an unmerged LoRA, then makes all weights of the denoiser trainable, in float32, and returns them.
+        """Merges an unmerged LoRA, then makes the denoiser's weights trainable, in float32, and returns them.
 
-        Checkpoints saved later contain all weights and no LoRAs.
+        The `unused_weights` stay frozen. Checkpoints saved later contain all weights and no LoRAs.
         """
         self.merge_lora()
         self._merged, self.full_finetune = [], True
         self.denoiser.float().requires_grad_(True)
-        return list(self.denoiser.parameters())
+        for parameter in self.unused_weights().values():
+            parameter.requires_grad_(False)
+        return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+
+    def unused_weights(self) -> dict[str, nn.Parameter]:
+        """Returns the weights of the `unused_modules` by name."""
+        parameters = self.denoiser.named_parameters()
+        return {name: parameter for name, parameter in parameters if is_part_of(name, self.unused_modules)}
 
     def unused_name(self, name: str) -> str:
         """Returns ``name``, or the first of ``name-2``, ``name-3``... that is not the name of a LoRA."""

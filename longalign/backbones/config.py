@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
+from longalign.files.paths import join_subfolder
 from longalign.hub import availability_problem, checkpoint_problem, read_json
 from longalign.registry import PartConfig, Section
 
@@ -42,8 +42,8 @@ class LoraConfig(Section):
     """
     targets: Annotated[list[str], Field(min_length=1)] | str | None = None
     """layers with a LoRA: a list of names or ends of names (``[to_q, to_k, ff.net.2]``), or a regular expression that
-    the whole name must match. null: all layers inside attention, and in UNets also inside ResnetBlock2D and GEGLU. For
-    ``qwen-image``, null excludes the layers of the last block that change only the text.
+    the whole name must match. null: all layers inside attention, and in UNets also inside ResnetBlock2D and GEGLU.
+    Layers that cannot change the prediction get no LoRA.
     """
 
     @field_validator("targets")
@@ -155,12 +155,18 @@ class TransformerConfig(DiffusersConfig):
     """Base class of the configs of transformers in diffusers layout."""
 
     component: ClassVar[str] = "transformer"
+    #: what keeps calls from being captured as CUDA graphs; empty if nothing does
+    uncapturable: ClassVar[str] = ""
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
-        if not run.loop.channels_last:
-            return []
-        problem = f"channels_last requires convolutions, but '{self.name}' is a transformer; set it to false"
-        return [("loop.channels_last", problem)]
+        problems: list[ConfigProblem] = []
+        if run.loop.channels_last:
+            problem = f"channels_last requires convolutions, but '{self.name}' is a transformer; set it to false"
+            problems.append(("loop.channels_last", problem))
+        if run.loop.cuda_graphs and self.uncapturable:
+            problem = f"the transformer of '{self.name}' {self.uncapturable}, which a graph cannot; set it to false"
+            problems.append(("loop.cuda_graphs", problem))
+        return problems
 
 
 class ImageSizeConfig(TransformerConfig):

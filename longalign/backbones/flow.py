@@ -18,11 +18,9 @@ from longalign.functional.diffusion import NoiseLevels
 ScheduleMu = Callable[[int, Tensor], Tensor]
 """Maps the number of image tokens and numbers of sampling steps ``(n,)`` to ``mu`` ``(n,)``; see `flow_levels`."""
 
-CONSTANT = " and set a constant 'shift', as in Stable Diffusion 3"
-
 
 def flow_levels(
-    scheduler: Mapping[str, Any], name: str = "sd3", tokens: int | None = None, schedule_mu: ScheduleMu | None = None
+    scheduler: Mapping[str, Any], name: str, tokens: int, schedule_mu: ScheduleMu | None = None
 ) -> NoiseLevels:
     """Returns the noise levels of a flow-matching scheduler of diffusers.
 
@@ -34,7 +32,7 @@ def flow_levels(
     Args:
         scheduler: config of the scheduler.
         name: name of the backbone, for messages.
-        tokens: number of image tokens; None rejects schedulers with ``use_dynamic_shifting``.
+        tokens: number of image tokens.
         schedule_mu: ``mu`` of sampling schedules, if it depends on their number of steps; None: it does not.
 
     Raises:
@@ -46,17 +44,14 @@ def flow_levels(
             f"'{name}' expects a flow-matching scheduler (FlowMatchEulerDiscreteScheduler, or one with "
             f"use_flow_sigmas), got '{kind}'; for Stable Diffusion 1, 2 or XL use 'sd' or 'sdxl'"
         )
-    dynamic = bool(scheduler.get("use_dynamic_shifting"))
-    unsupported = {"invert_sigmas": "", **({} if tokens is not None else {"use_dynamic_shifting": CONSTANT})}
-    for key, advice in unsupported.items():
-        if scheduler.get(key):
-            raise ValueError(
-                f"'{name}' does not support the scheduler setting {key}={scheduler[key]}; set {key} to null in "
-                f"scheduler_config.json{advice}"
-            )
+    if scheduler.get("invert_sigmas"):
+        raise ValueError(
+            f"'{name}' does not support the scheduler setting invert_sigmas={scheduler['invert_sigmas']}; set it to "
+            "null in scheduler_config.json"
+        )
     shift = float(scheduler.get("flow_shift" if scheduler.get("use_flow_sigmas") else "shift", 1.0))
     num_timesteps, schedule_shifts = int(scheduler.get("num_train_timesteps", 1000)), None
-    if dynamic and tokens is not None:
+    if scheduler.get("use_dynamic_shifting"):
         exponential = scheduler.get("time_shift_type") != "linear"
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         start, end = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
@@ -93,8 +88,8 @@ class FlowBackbone(LatentBackbone):
 
     def __init__(self, transformer: Any, vae: Any, scheduler: Mapping[str, Any], *, resolution: int | None):
         self._scheduler = scheduler
-        self._levels: dict[int | None, NoiseLevels] = {}
-        self._device_levels: dict[tuple[int | None, torch.device], Tensor] = {}
+        self._levels: dict[int, NoiseLevels] = {}
+        self._device_levels: dict[tuple[int, torch.device], Tensor] = {}
         factor = vae_scale_factor(vae.config) or 1
         native: int = transformer.config.sample_size * factor if resolution is None else resolution
         levels = self.levels_at((native // factor, native // factor))
@@ -118,10 +113,10 @@ class FlowBackbone(LatentBackbone):
             self._device_levels[key] = self.levels_at(latents.shape).noise.to(latents.device, torch.float32)
         return self._device_levels[key][timesteps]
 
-    def _key(self, shape: Sequence[int]) -> int | None:
-        """Returns the number of image tokens for latents of a shape; None if the noise levels do not depend on it."""
+    def _key(self, shape: Sequence[int]) -> int:
+        """Returns the number of image tokens for latents of a shape; 0 if the noise levels do not depend on it."""
         dynamic = self._scheduler.get("use_dynamic_shifting")
-        return (shape[-2] // self.patch) * (shape[-1] // self.patch) if dynamic else None
+        return (shape[-2] // self.patch) * (shape[-1] // self.patch) if dynamic else 0
 
 
 def pack(latents: Tensor) -> Tensor:

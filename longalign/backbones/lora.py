@@ -40,6 +40,11 @@ class LoraWeights:
     state: Mapping[str, Tensor]
 
 
+def is_part_of(name: str, modules: str | None) -> bool:
+    """Returns whether a module or weight is, or is inside, one of those that a regular expression of names matches."""
+    return modules is not None and re.match(rf"(?:{modules})(?:\.|$)", name) is not None
+
+
 def lora_targets(denoiser: nn.Module, targets: Sequence[str] | str | None = None) -> list[str]:
     """Returns the names of the layers that get a LoRA, each once, in the order of ``named_modules``.
 
@@ -98,21 +103,28 @@ def lora_layers(denoiser: nn.Module, name: str) -> list[tuple[str, Any]]:
     return [(key, m) for key, m in denoiser.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A]
 
 
-def inject_lora(denoiser: Any, config: LoraConfig, name: str) -> list[nn.Parameter]:
+def inject_lora(denoiser: Any, config: LoraConfig, name: str, unused: str | None = None) -> list[nn.Parameter]:
     """Adds a LoRA to a network with peft, and returns its weights.
 
     Args:
         denoiser: network that gets the LoRA.
         config: settings of the LoRA.
         name: peft's name of the LoRA; a network can have several.
+        unused: regular expression of modules whose layers get no LoRA; see `Backbone.unused_modules`.
 
     Returns:
         The trainable float32 weights: of each layer the down projection, then the up projection.
 
     Raises:
-        ValueError: if ``config.targets`` selects no layer; see `lora_targets`.
+        ValueError: if ``config.targets`` selects no layer, see `lora_targets`, or only ``unused`` ones.
     """
-    targets = lora_targets(denoiser, config.targets)
+    selected = lora_targets(denoiser, config.targets)
+    targets = [target for target in selected if not is_part_of(target, unused)]
+    if not targets:
+        raise ValueError(
+            f"lora.targets: the selected layers cannot change the prediction of {type(denoiser).__name__}, got "
+            f"{', '.join(selected)}; select other layers"
+        )
     after_up = config.dropout_placement == "up"
     settings: dict[str, Any] = {
         "r": config.rank,

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from longalign.caching.fingerprint import fingerprints
 from longalign.caching.processes import gather_rows, wait, writer_options
-from longalign.caching.store import Store
 from longalign.config.run import RunConfig
 from longalign.data.base import Data
 from longalign.data.cached import ITEMS, UNREADABLE, read_items, write_items, write_posterior
+from longalign.files.fingerprint import fingerprints
+from longalign.files.store import Store
 from longalign.runtime import Runtime
 
 IMAGE_FOLDERS = ("vae",)

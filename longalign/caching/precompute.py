@@ -6,14 +6,14 @@ from pathlib import Path
 
 from longalign.caching.latents import has_latents, latent_store, make_latents
 from longalign.caching.prompts import make_prompts, named_leaves, prompt_store
-from longalign.caching.store import SHARD_BYTES
 from longalign.config.run import RunConfig
 from longalign.data.base import Data, spread_indices
 from longalign.data.cached import CachedImages
 from longalign.data.stream import Stream
 from longalign.encoders.base import Encoder
 from longalign.encoders.cached import build_cached, require_cached
-from longalign.loop.locks import Lock
+from longalign.files.locks import Lock
+from longalign.files.store import SHARD_BYTES
 from longalign.runtime import Runtime
 
 

@@ -11,7 +11,7 @@ from longalign.runtime import Runtime
 
 
 def writer_options(runtime: Runtime, shard_bytes: int) -> dict[str, Any]:
-    """Returns keyword arguments for a `longalign.caching.store.Store` that all processes write to.
+    """Returns keyword arguments for a `longalign.files.store.Store` that all processes write to.
 
     A process writes a file (shard) when its new entries reach ``shard_bytes`` bytes.
     """

@@ -8,12 +8,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from longalign.caching.fingerprint import fingerprints
 from longalign.caching.processes import wait, writer_options
-from longalign.caching.store import Store
 from longalign.config.run import RunConfig
 from longalign.encoders.cached import entries, prompt_key, settings
 from longalign.encoders.config import EncoderConfig
+from longalign.files.fingerprint import fingerprints
+from longalign.files.store import Store
 from longalign.names import unique_name
 from longalign.runtime import Runtime
 

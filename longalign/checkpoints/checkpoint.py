@@ -27,13 +27,13 @@ from longalign.backbones.config import LoraConfig
 from longalign.backbones.lora import LoraWeights, check_same_names
 from longalign.checkpoints.provenance import providers, versions
 from longalign.checkpoints.redaction import redacted
-from longalign.checkpoints.weights import load_tensors, save_tensors
 from longalign.config.checks import check_parts
-from longalign.config.files import REWARD, checkpoint_file, read_metadata
 from longalign.config.parsing import read_mapping
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.encoders.base import Encoder
 from longalign.errors import ConfigError
+from longalign.files.paths import REWARD, checkpoint_file, read_metadata
+from longalign.files.weights import load_tensors, save_tensors
 from longalign.hub import CHECKPOINT
 from longalign.registry import backbones, encoders
 from longalign.runtime import Runtime

@@ -14,9 +14,9 @@ from longalign.backbones.lora import LoraWeights, lora_targets
 from longalign.backbones.stable_diffusion.sd import empty_unet
 from longalign.checkpoints.checkpoint import Weights, write
 from longalign.checkpoints.diffusers_files import export_lora
-from longalign.checkpoints.weights import load_pickle
 from longalign.config.run import RunConfig, load_config
 from longalign.encoders.t5.adapter import TextAdapter
+from longalign.files.weights import load_pickle
 from longalign.hub import CHECKPOINT
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from longalign.backbones.lora import concat_loras, peft_settings
 from longalign.checkpoints.checkpoint import Weights, load_weights, read_config
-from longalign.checkpoints.weights import save_tensors
-from longalign.config.files import DIFFUSERS_LORA
 from longalign.config.run import RunConfig
 from longalign.encoders.t5.adapter import TextAdapter
+from longalign.files.paths import DIFFUSERS_LORA
+from longalign.files.weights import save_tensors
 from longalign.runtime import Runtime
 
 # metadata key of diffusers for LoRA settings, otherwise inferred from the shapes of the weights

@@ -11,8 +11,9 @@ from longalign.checkpoints.cards import model_card, reward_card
 from longalign.checkpoints.checkpoint import load_weights, read_config
 from longalign.checkpoints.diffusers_files import build_adapters, save_denoiser, save_lora
 from longalign.checkpoints.redaction import exported_keys, exported_tree
-from longalign.checkpoints.weights import load_tensors, save_tensors
-from longalign.config.files import (
+from longalign.config.run import RunConfig, to_dict
+from longalign.evaluation.table import MetricTable
+from longalign.files.paths import (
     CARD,
     DIFFUSERS_LORA,
     REWARD,
@@ -20,8 +21,7 @@ from longalign.config.files import (
     checkpoint_file,
     read_metadata,
 )
-from longalign.config.run import RunConfig, to_dict
-from longalign.evaluation.table import MetricTable
+from longalign.files.weights import load_tensors, save_tensors
 from longalign.hub import CHECKPOINT
 
 MODEL = "diffusion_pytorch_model"

@@ -12,7 +12,7 @@ from longalign.ablation.run import ablate
 from longalign.cli.metrics import metric_configs
 from longalign.cli.options import PROMPTS_HELP, add_device, add_metrics, add_overrides, finite, positive
 from longalign.config.changes import override, parse_assignments
-from longalign.inference.solvers import SOLVERS
+from longalign.config.solvers import SOLVERS
 
 EXAMPLES = """
     longalign ablate examples/mini-align.yaml --vary encoder.sot=all,first --metric facts --output runs/sot

@@ -9,7 +9,7 @@ from longalign.cli.images import check_images
 from longalign.cli.options import REWARD_HELP, add_device, positive
 from longalign.cli.rewards import reward_configs
 from longalign.config.checks import check_parts
-from longalign.data.lines import read_prompts
+from longalign.files.lines import read_prompts
 
 EXAMPLES = """
     longalign compute-direction --reward denscore --prompts corpus.txt --output denscore-direction.safetensors

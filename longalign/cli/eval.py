@@ -24,8 +24,8 @@ from longalign.cli.options import (
     seeds_of,
 )
 from longalign.cli.rewards import offloaded_to_cpu
-from longalign.config.files import find_checkpoint
 from longalign.data.prompts.sets import read_prompt_set
+from longalign.files.paths import find_checkpoint
 from longalign.image_folder import new_index, read_images
 from longalign.names import count
 

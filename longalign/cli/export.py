@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from longalign.config.files import check_unexported, checkpoint_file
+from longalign.files.paths import check_unexported, checkpoint_file
 
 EXAMPLES = """
     longalign export runs/reward out/model

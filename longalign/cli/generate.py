@@ -16,9 +16,9 @@ from longalign.cli.options import (
     seeds_of,
 )
 from longalign.config.checks import check_files, size_problems
-from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config
 from longalign.errors import ConfigError
+from longalign.files.paths import find_checkpoint
 from longalign.hub import CHECKPOINT
 from longalign.image_folder import INDEX, new_index
 from longalign.names import count

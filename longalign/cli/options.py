@@ -7,9 +7,9 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
+from longalign.config.solvers import SOLVERS
 from longalign.data.prompts.sets import SETS, read_prompt_set
 from longalign.image_folder import check_seeds
-from longalign.inference.solvers import SOLVERS
 from longalign.segmenters import check_text
 from longalign.sizes import Size, parse_size
 

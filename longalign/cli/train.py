@@ -9,8 +9,8 @@ from pathlib import Path
 from longalign.cli.options import add_device, add_overrides
 from longalign.config.changes import override, parse_assignments
 from longalign.config.checks import check_files
-from longalign.config.files import checkpoint_file
 from longalign.config.parsing import CONFIG_SUFFIXES
+from longalign.files.paths import checkpoint_file
 
 EXAMPLES = """
     longalign train examples/mini-align.yaml

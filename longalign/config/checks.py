@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from longalign.config.changes import diff
-from longalign.config.files import check_folder, checkpoint_file, local_checkpoint
 from longalign.config.run import RunConfig, load_config
 from longalign.data.prompts.sets import read_prompt_set
 from longalign.errors import ConfigError, ConfigProblem, shorten
+from longalign.files.paths import check_folder, checkpoint_file, local_checkpoint
 from longalign.registry import PartConfig
 from longalign.sizes import Size, parse_size
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
+from longalign.config.solvers import Solver
 from longalign.errors import ConfigProblem, nested, redact_url
-from longalign.inference.solvers import Solver
 from longalign.metrics.config import name_problems
 from longalign.registry import Part, Section, data
 from longalign.runtime import Runtime

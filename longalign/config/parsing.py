@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from longalign.config.files import checkpoint_file, read_metadata
 from longalign.errors import MAX_DEPTH, MAX_VALUES, ConfigError, check_size, shorten, suggestion
+from longalign.files.paths import checkpoint_file, read_metadata
 from longalign.runtime import examples_folder
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")

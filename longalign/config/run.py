@@ -12,11 +12,11 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from longalign.config.compatibility import problems
-from longalign.config.files import checkpoint_file, read_metadata
 from longalign.config.monitor import MonitorConfig
 from longalign.config.parsing import CONFIG_SUFFIXES, read_mapping
 from longalign.config.sections import CacheConfig, LoopConfig, Text
 from longalign.errors import ConfigError, ConfigProblem, check_size, flatten, nested, shorten
+from longalign.files.paths import checkpoint_file, read_metadata
 from longalign.registry import Part, PartError, Section, trainers
 from longalign.trainers.config import TrainerConfig
 

@@ -53,7 +53,7 @@ class LoopConfig(Section):
     """
     cuda_graphs: bool = False
     """replay denoiser calls without gradient as CUDA graphs; for one process with a CUDA GPU. Calls with dropout are
-    not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"chosen"``. The
+    not replayed: set the LoRA's dropout to 0, or the reward trainer's ``dropout_steps`` to ``"gradient"``. The
     merged copies of the LoRA layers' weights, which sampling uses, are then kept in memory. Experimental: not yet run
     on a GPU.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from longalign.caching.store import key_of
+from longalign.files.store import key_of
 from longalign.sizes import Size
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longalign.caching.store import REPAIR_ADVICE, Store
-from longalign.checkpoints.weights import load_tensors, reading, save_tensors
 from longalign.data.base import Data, check_index, spread_indices
+from longalign.files.store import REPAIR_ADVICE, Store
+from longalign.files.weights import load_tensors, reading, save_tensors
 from longalign.sizes import Size
 
 ITEMS = "items.safetensors"

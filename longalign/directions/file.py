@@ -10,7 +10,7 @@ from typing import Any, Self
 from safetensors import safe_open
 from torch import Tensor
 
-from longalign.checkpoints.weights import load_tensors, reading, save_tensors
+from longalign.files.weights import load_tensors, reading, save_tensors
 from longalign.functional.preference import normalize
 from longalign.registry import PartConfig
 from longalign.rewards.base import EmbeddingReward

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longalign.caching.store import Store, key_of
 from longalign.encoders.adapter import Adapter
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.config import EncoderConfig
+from longalign.files.store import Store, key_of
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, check_prompts
 

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
+from longalign.files.paths import join_subfolder
 from longalign.hub import checkpoint_problem, read_json
 from longalign.registry import Part, PartConfig
 

@@ -7,9 +7,9 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from longalign.checkpoints.weights import load_pretrained
-from longalign.config.files import join_subfolder
 from longalign.encoders.config import CheckpointConfig
+from longalign.files.paths import join_subfolder
+from longalign.files.weights import load_pretrained
 from longalign.hub import find_checkpoint_file
 from longalign.runtime import Runtime, resolve_checkpoint
 

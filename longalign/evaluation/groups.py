@@ -83,9 +83,3 @@ def all_labels(prompts: PromptSet, texts: Sequence[str]) -> dict[str, list[tuple
     This is the format of `longalign.evaluation.MetricTable.labels`.
     """
     return {name: labels(prompts, name, texts) for name in label_names(prompts)}
-
-
-def natural_key(label: str) -> tuple[int, int, str]:
-    """Returns a sort key that orders labels such as "31-60" by their first number. Other labels are last, by text."""
-    digits = label.split("-")[0]
-    return (0, int(digits), label) if digits.isdecimal() else (1, 0, label)

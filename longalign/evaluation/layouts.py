@@ -13,10 +13,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from longalign.atomic import atomic_write
-from longalign.data.lines import inside
 from longalign.data.prompts.formats import Prompt
 from longalign.data.prompts.sets import PromptSet
+from longalign.files.atomic import atomic_write
+from longalign.files.lines import inside
 from longalign.image_folder import read_images
 from longalign.image_io import decode
 

@@ -127,7 +127,7 @@ class Cell(NamedTuple):
     kind: str
 
 
-class Grid(NamedTuple):
+class ReportTable(NamedTuple):
     """A table on the page: the names of the columns, and (name, cells) of each row. A cell without values is None."""
 
     head: list[str]
@@ -169,8 +169,8 @@ def _metrics(table: MetricTable | None) -> dict[str, Any]:
         "hero": _hero(table),
         "losses": _losses(table),
         "counts": f"{prompts}, {per_model}",
-        "metrics": Grid(table.models, rows),
-        "differences": Grid([f"{m} - {o}" for m, o in table.pairs], differences) if several else None,
+        "metrics": ReportTable(table.models, rows),
+        "differences": ReportTable([f"{m} - {o}" for m, o in table.pairs], differences) if several else None,
     }
 
 
@@ -213,14 +213,14 @@ def _head_and_rest(text: str) -> tuple[str, str]:
     return head, colon + rest
 
 
-def _breakdown_differences(table: MetricTable) -> list[tuple[str, Grid]]:
+def _breakdown_differences(table: MetricTable) -> list[tuple[str, ReportTable]]:
     """Returns the paired differences in each breakdown of a metric by groups of prompts, as ``(title, table)``."""
     grids = []
     for metric in table.main_breakdowns:
         for title, groups in table.breakdowns(metric, paired=True).items():
             pairs = list(next(iter(groups.values())))
             rows = [(name, [_difference(table, metric, row[p]) for p in pairs]) for name, row in groups.items()]
-            grids.append((title, Grid(pairs, rows)))
+            grids.append((title, ReportTable(pairs, rows)))
     return grids
 
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from longalign.config.files import best_checkpoint, step_of
 from longalign.evaluation import charts
 from longalign.evaluation.formatting import label, number
 from longalign.evaluation.record import read_log
 from longalign.evaluation.table import MetricTable
+from longalign.files.paths import best_checkpoint, step_of
 from longalign.metrics.base import Value
 
 HELD_OUT = "monitor/"

@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from longalign.evaluation.formatting import number
-from longalign.evaluation.groups import LENGTH_EDGES, length_labels, natural_key
+from longalign.evaluation.groups import LENGTH_EDGES, length_labels
 from longalign.evaluation.report_images import encode_all
 from longalign.evaluation.table import MetricTable
+from longalign.names import natural_key
 
 SCORE_BINS = 5
 """Number of colours of the scores. Each colour has about the same number of scores on the page."""

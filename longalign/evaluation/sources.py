@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from longalign.checkpoints.checkpoint import read_config
-from longalign.config.files import best_checkpoint, checkpoints, step_of
 from longalign.config.run import RunConfig
-from longalign.data.lines import read_jsonl
 from longalign.evaluation.report import AblationCell
 from longalign.evaluation.report_examples import Example
 from longalign.evaluation.sentences import Sentences, truncated_sentences
 from longalign.evaluation.table import MetricTable
+from longalign.files.lines import read_jsonl
+from longalign.files.paths import best_checkpoint, checkpoints, step_of
 from longalign.image_folder import INDEX, read_images
 from longalign.segmenters import sentences
 

@@ -23,9 +23,9 @@ from longalign.evaluation.formatting import (
     show_difference,
     terminal_text,
 )
-from longalign.evaluation.groups import length_labels, natural_key
+from longalign.evaluation.groups import length_labels
 from longalign.metrics.base import Value, value_of
-from longalign.names import count
+from longalign.names import count, natural_key
 
 
 @dataclass(frozen=True)

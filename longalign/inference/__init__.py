@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from longalign.inference.sampling import load_model as load_model
     from longalign.inference.sampling import sample as sample
     from longalign.inference.schedulers import make_scheduler as make_scheduler
-    from longalign.inference.solvers import SOLVERS as SOLVERS
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "SOLVERS": "solvers",
         "condition": "diffusers",
         "generate": "sampling",
         "load_model": "sampling",

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longalign.config.solvers import SCHEDULER_CLASSES, check_negative, check_solver
 from longalign.image_folder import new_index, write_images
 from longalign.image_io import to_tensor
 from longalign.inference.pipelines import library, load_pipeline
-from longalign.inference.solvers import SCHEDULER_CLASSES, check_negative, check_solver
 from longalign.runtime import Runtime
 
 log = logging.getLogger("longalign")

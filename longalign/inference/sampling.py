@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from longalign.backbones.base import Backbone
 from longalign.config.changes import override
+from longalign.config.solvers import check_negative
 from longalign.encoders.base import Encoder, TruncationWarning
 from longalign.functional.diffusion import check_guidance_interval, guided_steps, predict_guided
 from longalign.functional.solvers import sampling_timesteps
 from longalign.image_folder import new_index, write_images
 from longalign.inference.diffusers import per_prompt, truncation_messages
 from longalign.inference.schedulers import make_scheduler
-from longalign.inference.solvers import check_negative
 from longalign.runtime import Runtime
 from longalign.trainers.diffusion import evaluating
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from longalign.config.solvers import FLOW_SCHEDULER_CLASSES, SCHEDULER_CLASSES, check_solver
 from longalign.functional.diffusion import NoiseLevels, check_prediction
 from longalign.functional.solvers import sampling_timesteps, trailing_timesteps
 from longalign.inference.pipelines import library
-from longalign.inference.solvers import FLOW_SCHEDULER_CLASSES, SCHEDULER_CLASSES, check_solver
 
 MIN_ALPHA_CUMPROD = 2.0**-24
 """Lower bound of ``alphas_cumprod``: without signal at the last timestep, the solvers' sigma would be infinite."""

@@ -1,4 +1,4 @@
-"""Orders and loads batches. The order does not depend on the number of processes, and can start at any step."""
+"""Arranges the items of the data in batches and loads them. Loading can start at any step of a run."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ from longalign.runtime import Runtime
 
 log = logging.getLogger("longalign")
 
-#: threads that read image headers
+#: number of threads in which `read_buckets` reads image headers
 READERS = 16
 
 
 class Batches(Sampler[list[int]]):
-    """Infinite batches of indices, reshuffled every epoch.
+    """Infinite sequence of the batches of one process, as lists of item indices, reshuffled every epoch.
 
-    All processes share one sequence of permutations, and each process takes its part of every global batch. So no item
-    is repeated within an epoch. A global batch has items of one bucket: it is complete when the sequence has as many of
-    this bucket. Batch ``k`` depends only on the seed, so a run can start at any ``k``.
+    A global batch consists of the batches of all processes. All processes compute the same global batches and take
+    their own slice of each, so an item occurs once per epoch. The images of a global batch have one size, their
+    *bucket*: it is complete when enough items of a bucket have come. The k-th global batch does not depend on
+    ``start``, so a run can start at any k.
 
     Args:
-        length: number of items.
-        batch_size: items per batch and process.
-        seed: seed of the permutations.
-        start: number of batches to skip, per process.
-        rank: index of this process.
+        length: number of items in the data.
+        batch_size: number of items per batch of one process.
+        seed: seed of the permutations of the items.
+        start: number of global batches to skip.
+        rank: index of this process, from 0.
         world_size: number of processes.
-        buckets: bucket of each item; negative for items to omit. None for one bucket.
+        buckets: index of the image size of each item, from `read_buckets`; items with a negative index are omitted.
+            None if all images have one size.
 
     Raises:
-        ValueError: if there are no items.
+        ValueError: if there are no items, or if all are omitted.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Batches(Sampler[list[int]]):
         if length < 1:
             raise ValueError("the data is empty; provide at least one item")
         if buckets is not None and max(buckets) < 0:
-            raise ValueError("none of the images can be read; repair or replace the files")
+            raise ValueError(f"none of the {length} images can be read; repair or replace the files")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.rank, self.world_size, self.buckets = start, rank, world_size, buckets
 
@@ -67,7 +69,7 @@ class Batches(Sampler[list[int]]):
             yield batch[part]
 
     def _global_batches(self) -> Iterator[list[int]]:
-        """Yields the batches of all processes together."""
+        """Yields the global batches, each ``batch_size * world_size`` item indices."""
         size, waiting = self.batch_size * self.world_size, defaultdict[int, list[int]](list)
         for epoch in count():
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
@@ -81,7 +83,7 @@ class Batches(Sampler[list[int]]):
 
 
 class PromptDataset(Dataset[dict[str, Any]]):
-    """The prompts of a dataset, without its images."""
+    """Items ``{"prompt": str}`` of some data, whose images are not loaded."""
 
     def __init__(self, data: Data):
         self.data = data
@@ -94,13 +96,14 @@ class PromptDataset(Dataset[dict[str, Any]]):
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Collates items into a batch ``{"prompt": list[str], "image": (b, 3, h, w)}``.
+    """Collates b items with equal keys into one batch: tensors are stacked to ``(b, ...)``, other values are listed.
 
-    Cached items have ``posterior`` ``(b, 2c, h, w)`` instead of ``image``; prompt-only items have neither. Tensors of
-    any key are stacked; other values become lists.
+    A usual batch is ``{"prompt": list[str], "image": (b, 3, h, w)}`` with pixels in [0, 1]. With a cache, ``posterior``
+    ``(b, 2c, h, w)`` replaces ``image``: mean and standard deviation of the VAE's posterior. Prompt-only data has
+    neither.
 
     Raises:
-        ValueError: if the images' sizes differ.
+        ValueError: if the tensors of a key differ in shape.
     """
     batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
     for key, values in batch.items():
@@ -114,12 +117,15 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class StreamedBatches(IterableDataset[dict[str, Any]]):
-    """Batches of a stream. Each of n workers makes every n-th batch, so the order of the batches is fixed.
+    """Infinite sequence of the collated batches of a stream, which is data that is read in order.
+
+    Each of n loading workers makes every n-th batch, so the order does not depend on their speed.
 
     Args:
         data: the stream.
-        batches: batch size, start position and rank of this process; the indices are not used.
-        images: whether to load the images.
+        batches: provides seed, batch size, number of batches to skip, rank and number of processes. The item indices
+            in it are not used.
+        images: whether to load the images; otherwise items have only prompts.
     """
 
     def __init__(self, data: Stream, batches: Batches, images: bool):
@@ -139,9 +145,12 @@ class StreamedBatches(IterableDataset[dict[str, Any]]):
 
 
 def read_buckets(data: Data | Stream, runtime: Runtime) -> list[int] | None:
-    """Returns the bucket of each item, for which the processes divide the work; None if there is one, or for a stream.
+    """Returns the index in ``data.buckets`` of each item's image size, or -1 if the image cannot be read.
 
-    Images that are not cached are opened for it, without decoding them.
+    The processes divide the work. Images that are not cached are opened, but not decoded.
+
+    Returns:
+        One index per item, the same in all processes; None for a stream, and if all images have one size.
     """
     if isinstance(data, Stream) or len(data.buckets) < 2:
         return None
@@ -163,9 +172,9 @@ def plan_batches(
     world_size: int,
     buckets: Sequence[int] | None = None,
 ) -> Batches:
-    """Returns the `Batches` of a dataset; ``buckets`` is the result of `read_buckets`.
+    """Returns the `Batches` of some data; the arguments are those of `Batches`, with the data instead of its length.
 
-    For a stream, `load_batches` ignores the indices and uses only the arguments.
+    A stream has no item indices: `load_batches` uses the other arguments only.
     """
     length = 1 if isinstance(data, Stream) else len(data)
     return Batches(length, batch_size, seed, start, rank, world_size, buckets)
@@ -174,15 +183,15 @@ def plan_batches(
 def load_batches(
     data: Data | Stream, batches: Batches, needs_images: bool, workers: int, pin_memory: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Yields an infinite sequence of batches.
+    """Returns an infinite iterator over the batches of this process; see `collate` for a batch.
 
     Args:
         data: the data.
-        batches: indices or, for a stream, positions of the batches.
-        needs_images: whether to load images.
+        batches: the item indices of each batch; for a stream, only its other attributes are used.
+        needs_images: whether to load images; otherwise batches have only prompts.
         workers: number of processes that load batches; 0 loads in this process.
-        pin_memory: whether tensors are in page-locked memory, from which they are copied to a CUDA device while it
-            computes.
+        pin_memory: whether to put tensors into page-locked memory, from which they can be copied to a CUDA device
+            while the device computes.
 
     Raises:
         ValueError: if images are needed and the data has none.

@@ -18,24 +18,30 @@ if TYPE_CHECKING:
 def fit(
     config: Mapping[str, Any] | str | Path | RunConfig, *, device: str | None = None, resume: str | Path | None = None
 ) -> FitResult:
-    """Trains a model.
+    """Trains a model as a config describes.
 
-    Writes to the config's ``output``: ``log.jsonl``, ``checkpoint-<step>/``, ``monitor/<step>/``. On Ctrl-C,
-    SIGTERM and SIGHUP, finishes the current step, writes a checkpoint and returns.
+    Writes metrics (``log.jsonl``), checkpoints (``checkpoint-<step>/``) and images (``monitor/<step>/``) to the folder
+    in the config's ``output``. On Ctrl-C, SIGTERM and SIGHUP, finishes the current step, writes a checkpoint and
+    returns.
 
     Args:
         config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `load_config`.
-        device: a torch device; the fastest available one if None. With several processes, each uses its own GPU.
-        resume: a checkpoint of this run, or the run's folder. The result equals that of an
-            uninterrupted run. From a folder, the newest intact checkpoint is used. If the run's own output folder has
-            no checkpoint, the run starts from step 0.
+        device: a torch device, e.g. ``"cuda"``. None selects CUDA if available, else Apple's MPS, else the CPU. With
+            several processes, each uses its own GPU.
+        resume: a checkpoint of this run, or the run's folder, of which the newest intact checkpoint is used. The result
+            equals that of an uninterrupted run. If it is the folder in ``output`` and has no checkpoint yet, or if it
+            is None, the run starts from step 0.
+
+    Returns:
+        The number of completed steps and the last checkpoint; see `longalign.loop.run.FitResult`.
 
     Raises:
-        ConfigError: if the config or its files are invalid; lists all problems, each with its path.
-        ValueError: if the data does not fit the trainer, a different process is writing to the folder, the folder
-            contains a run, or the checkpoint belongs to a different run.
+        ConfigError: if the config or its files are invalid; lists all problems, each with the path of its key.
+        FileNotFoundError: if ``resume`` has no checkpoint and is not the folder in ``output``.
+        ValueError: if the data does not fit the trainer, a different process is writing to the output folder, this
+            folder contains a run that is not resumed, or the checkpoint belongs to a different run.
         RunError: if the run had to stop: out of memory, or a non-finite loss or gradient.
-        NonFiniteReward: if a score is not finite. Its image and prompt are saved in ``output/non-finite``.
+        NonFiniteReward: if a reward's score is NaN or infinite. Image and prompt are saved in ``<output>/non-finite``.
     """
     config = load_config(config)
     if config.trainer is None:

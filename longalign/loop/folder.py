@@ -1,4 +1,4 @@
-"""Writes checkpoint folders of a run atomically, rotates them, and recovers them after a killed process."""
+"""Writes checkpoint folders of a run atomically, removes old ones, and recovers them after a killed process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from longalign.atomic import sync
-from longalign.config.files import BEST, PREFIX, best_checkpoint, checkpoints, step_of
+from longalign.files.atomic import sync
+from longalign.files.paths import BEST, PREFIX, best_checkpoint, checkpoints, step_of
 
 
 def recover(output: Path) -> None:
-    """Cleans up after a process that was killed while it wrote, replaced or removed a checkpoint."""
+    """Cleans up a run's folder ``output`` after a process was killed while writing or removing a checkpoint there."""
     for path in output.glob(f".{PREFIX}*.replaced"):
         final = output / path.name.removeprefix(".").removesuffix(".replaced")
         if final.exists():
@@ -26,10 +26,15 @@ def recover(output: Path) -> None:
 
 @contextmanager
 def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
-    """Context manager: yields the temporary folder of a checkpoint, and the final path for `publish`.
+    """Context manager: yields a temporary folder for the files of a checkpoint, and the path to `publish` it at.
+
+    Args:
+        output: the run's folder.
+        step: number of completed optimizer steps, which is part of the checkpoint's name.
 
     Raises:
-        OSError: if writing fails. The message names the checkpoint to resume from, and the temporary folder is removed.
+        OSError: if writing inside the context fails. The temporary folder is then removed, and the message names the
+            checkpoint to resume from.
     """
     final = output / f"{PREFIX}{step:06d}"
     unfinished = output / f".{final.name}.unfinished"
@@ -46,10 +51,15 @@ def new_checkpoint(output: Path, step: int) -> Iterator[tuple[Path, Path]]:
 
 
 def publish(unfinished: Path, final: Path, keep: int | None, is_best: bool = False) -> None:
-    """Renames a complete checkpoint to its final name, marks it if it is the best, and removes old ones with `prune`.
+    """Renames a complete checkpoint to its final name, and removes old checkpoints with `prune`.
 
-    A checkpoint's files are deleted only after it has been renamed. If the process is killed, the newest checkpoint is
-    therefore complete, in some cases only after `recover`.
+    If the process is killed at any point, a complete checkpoint remains; `recover` may have to restore its name.
+
+    Args:
+        unfinished: temporary folder with all files of the checkpoint; see `new_checkpoint`.
+        final: path of the checkpoint; a former checkpoint at this path is replaced.
+        keep: number of newest checkpoints to keep; None keeps all.
+        is_best: whether to call `mark_best`.
     """
     for path in (*unfinished.rglob("*"), unfinished):
         sync(path)
@@ -66,7 +76,7 @@ def publish(unfinished: Path, final: Path, keep: int | None, is_best: bool = Fal
 
 
 def mark_best(checkpoint: Path) -> None:
-    """Makes the link `BEST` point to a checkpoint. The former link is replaced atomically."""
+    """Makes the symbolic link ``best`` in the run's folder point to a checkpoint, replacing a former link."""
     link = checkpoint.with_name(BEST)
     unfinished = link.with_name(f".{BEST}.unfinished")
     unfinished.unlink(missing_ok=True)
@@ -76,10 +86,10 @@ def mark_best(checkpoint: Path) -> None:
 
 
 def prune(checkpoint: Path, keep: int | None) -> None:
-    """Removes old checkpoints of a run, except the best one.
+    """Removes old checkpoints of a run, except the one that the link ``best`` points to.
 
     Args:
-        checkpoint: the last checkpoint to consider; checkpoints of later steps are kept.
+        checkpoint: newest checkpoint to count; checkpoints of later steps are neither counted nor removed.
         keep: number of checkpoints to keep, the newest up to ``checkpoint``; None keeps all.
     """
     if keep is not None:
@@ -92,7 +102,7 @@ def prune(checkpoint: Path, keep: int | None) -> None:
 
 
 def resume_hint(output: Path) -> str:
-    """Returns a hint on how to resume the run in a folder, for messages."""
+    """Returns a text for messages: the last checkpoint in a run's folder and the command to resume from it."""
     saved = checkpoints(output)
     if not saved:
         return f"no checkpoint in {output} yet"

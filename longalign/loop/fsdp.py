@@ -64,11 +64,12 @@ def prepare_fsdp(
 
     Args:
         accelerator: accelerate's ``Accelerator`` with FSDP2.
-        trainer: the trainer, whose trainable parameters are replaced by shards.
+        trainer: the trainer; the parameters of its denoiser are replaced by shards.
         make_optimizer: creates the optimizer of the given parameters.
 
     Returns:
-        The denoiser, the optimizer of all trainable parameters, and the unsharded trainable parameters.
+        The sharded denoiser, accelerate's optimizer of all trainable parameters, and the trainable parameters that are
+        not sharded.
 
     Raises:
         ValueError: if the trainer does not support FSDP.
@@ -85,9 +86,9 @@ def prepare_fsdp(
 
 
 def finish_backward(accelerator: Any, denoiser: nn.Module, unsharded: Sequence[nn.Parameter]) -> None:
-    """Frees gathered weights after a backward pass, and averages gradients of unsharded parameters over processes.
+    """Frees the denoiser's gathered weights after a backward pass, and averages gradients of unsharded parameters.
 
-    With gradient accumulation, gradients are averaged only in the last micro-step.
+    The average is over all processes. With gradient accumulation, it is taken only in the last micro-step.
     """
     reshard(denoiser)
     if accelerator.sync_gradients:

@@ -13,20 +13,20 @@ from longalign.runtime import DTYPES
 
 log = logging.getLogger("longalign")
 
-#: number of parameters above which a step on a CPU takes minutes
+#: number of parameters above which a training step on a CPU takes minutes, so that the user is warned
 LARGE = 100_000_000
 
 
 def log_run_summary(composition: Composition, optimization: Optimization, step: int, num_images: int) -> None:
-    """Logs device, precision, trainable parameters, data, batch size and output of a run.
+    """Logs device, precision, trainable and unused parameters, data, batch size and output of a run.
 
-    Warns if the model is too large for a CPU or a batch is larger than the data.
+    Warns if a model of more than `LARGE` parameters is trained on a CPU, or if a batch has more items than the data.
 
     Args:
-        composition: the parts of the run.
-        optimization: the trainable parameters.
-        step: number of completed steps.
-        num_images: number of images that the monitor generates each time.
+        composition: the run's config and its built parts.
+        optimization: the run's trainer, trainable parameters and ``Accelerator``.
+        step: number of completed optimizer steps; above 0, the run is shown as resumed.
+        num_images: number of images that the monitor generates for each measurement; 0 without a monitor.
     """
     config, data, accelerator = composition.config, composition.data, optimization.accelerator
     loop, processes, parameters = config.loop, accelerator.num_processes, optimization.parameters
@@ -47,11 +47,18 @@ def log_run_summary(composition: Composition, optimization: Optimization, step: 
     if settings is not None:
         measured = ", ".join(metric.prefix() for metric in settings.metrics) or "images only"
         monitored = [f"monitor    {num_images} images every {settings.every} steps: {measured}"]
+    unused = {} if config.backbone is None else composition.backbone.unused_weights()
+    frozen = []
+    if unused and composition.backbone.full_finetune:
+        layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in unused))
+        number = sum(parameter.numel() for parameter in unused.values())
+        frozen = [f"frozen     {number:,} parameters that cannot change the prediction, of {layers}"]
     lines = [
         *resumed,
         f"device     {_device_summary(accelerator.device)}",
         f"precision  {DTYPES[loop.precision]}; frozen parts in {composition.runtime.dtype}",
         f"trainable  {trainable:,} of {total:,} parameters, {size:,.1f} MiB",
+        *frozen,
         f"data       {items}",
         f"batch      {product} = {batch_size} per step",
         f"output     {config.output}; checkpoints {save_every}, {keep}",

@@ -1,4 +1,4 @@
-"""Handles Ctrl-C and termination signals: the run finishes the current step, then stops."""
+"""Handles Ctrl-C and termination signals: a run finishes its current step, then stops."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 
 log = logging.getLogger("longalign")
 
-#: Ctrl-C; sent by clusters and spot machines before they kill; sent when a terminal is closed
+#: signals that stop a run: SIGINT by Ctrl-C, SIGTERM by clusters before they kill, SIGHUP when a terminal is closed
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-#: a second Ctrl-C within so many seconds is the first one, forwarded by a launcher
+#: time in seconds in which a second Ctrl-C is ignored, since a launcher may forward the first one
 FORWARD_SECONDS = 0.5
-#: seconds a data-loading worker survives SIGTERM, so that the step can finish
+#: time in seconds that a data-loading worker continues after SIGTERM, so that the training step can finish
 GRACE_SECONDS = 60
 
 
 class Interruption:
-    """Records whether a signal requested the run to stop, and which signal.
+    """Records the first signal that asks the run to stop. Calling an instance returns whether there was one.
 
     Attributes:
-        number: number of the first signal, or None.
+        number: number of the signal; None if there was none.
+        time: time of the signal in seconds, from ``time.monotonic``.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,11 @@ class Interruption:
         return self.number is not None
 
     def handle(self, number: int, frame: Any) -> None:
-        """Handles a signal. A second Ctrl-C raises KeyboardInterrupt; other repeated signals are ignored."""
+        """Signal handler: records the first signal.
+
+        A later Ctrl-C raises KeyboardInterrupt, unless it comes within `FORWARD_SECONDS`. Other later signals are
+        ignored.
+        """
         if self.number is None:
             self.number, self.time = number, time.monotonic()
             advice = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
@@ -46,9 +51,9 @@ class Interruption:
 
 @contextmanager
 def catch_signals() -> Iterator[Interruption]:
-    """Context manager: records `SIGNALS` in the yielded `Interruption` and restores the handlers on exit.
+    """Context manager: records signals in `SIGNALS` in the yielded `Interruption`, and restores the handlers on exit.
 
-    Signals that the process ignores, as under ``nohup``, stay ignored.
+    Signals that the process ignores, as under ``nohup``, stay ignored. Outside the main thread, none is recorded.
     """
     interruption = Interruption()
     previous = {}
@@ -64,7 +69,11 @@ def catch_signals() -> Iterator[Interruption]:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Ignores signals to the process group, so that the step can finish; the ``worker_init_fn`` of data loaders."""
+    """Makes a data-loading worker ignore `SIGNALS`, so that the training process can finish its step.
+
+    SIGTERM ends the worker after `GRACE_SECONDS`. This is the ``worker_init_fn`` of data loaders, which pass the index
+    of the worker.
+    """
     for number in SIGNALS:
         if number == signal.SIGTERM and hasattr(signal, "alarm"):
             signal.signal(number, lambda *_: signal.alarm(GRACE_SECONDS))  # ends a worker that hangs

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longalign.atomic import atomic_write
+from longalign.files.atomic import atomic_write
 
 log = logging.getLogger("longalign")
 
@@ -21,7 +21,13 @@ LOG = "log.jsonl"
 
 
 class MetricMeans:
-    """Means of logged metrics over the steps since the last log line. Sums stay on the device until `get`."""
+    """Means of a run's metrics over several steps. The sums stay on the device until `get`.
+
+    Attributes:
+        sums: sum of each metric, a tensor ``()``.
+        counts: number of steps with a value of each metric.
+        skipped: number of steps that fp16's gradient scaler skipped.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -29,24 +35,28 @@ class MetricMeans:
         self.skipped = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Adds the scalars of one step, by name; `get` returns their means."""
+        """Adds the metrics of one step: name -> tensor ``()``."""
         for key, value in values.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
             self.counts[key] = self.counts.get(key, 0) + 1
 
     def get(self, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
-        """Returns the means, reduced over all processes with ``reduce``."""
+        """Returns the mean of each metric over the steps that have it; empty if nothing was added.
+
+        Args:
+            reduce: averages a tensor ``(k,)`` of k means over all processes.
+        """
         if not self.sums:
             return {}
         means = torch.stack([total / self.counts[key] for key, total in self.sums.items()])
         return dict(zip(self.sums, reduce(means).tolist(), strict=True))
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for `load`, so that a resumed run logs the same means."""
+        """Returns sums and counts for `load`, so that a resumed run logs the same means."""
         return {"sums": {k: v.cpu() for k, v in self.sums.items()}, "counts": self.counts, "skipped": self.skipped}
 
     def load(self, state: Mapping[str, Any], device: Any) -> None:
-        """Restores the result of `state` on ``device``."""
+        """Restores the result of `state`, with the sums on ``device``."""
         self.sums = {key: value.to(device) for key, value in state["sums"].items()}
         self.counts, self.skipped = dict(state["counts"]), state["skipped"]
 
@@ -55,11 +65,11 @@ class Log:
     """Writes a run's metrics to ``log.jsonl`` and shows a progress bar.
 
     Args:
-        output: the run's folder. Lines of ``log.jsonl`` for steps after ``step`` are removed; they are left over from
-            before an interruption.
-        step: number of completed steps.
-        steps: total number of steps.
-        enabled: whether this process writes and shows the bar.
+        output: the run's folder. Lines in its ``log.jsonl`` for steps after ``step`` are removed; they are left over
+            from before an interruption.
+        step: number of completed optimizer steps; for 0, all lines are removed.
+        steps: number of optimizer steps of the whole run.
+        enabled: whether this process writes lines and shows the bar; if False, all methods do nothing.
     """
 
     def __init__(self, output: Path, step: int, steps: int, enabled: bool):
@@ -85,16 +95,19 @@ class Log:
                 unfinished.write_bytes(truncated)
 
     def advance(self) -> None:
-        """Advances the progress bar by one step."""
+        """Advances the progress bar by one optimizer step."""
         self.bar.update()
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start of this process's run."""
+        """Seconds since this log was created; in a resumed run, since it was resumed."""
         return time.perf_counter() - self.start
 
     def append(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line ``{"step", "seconds", ...values}``."""
+        """Appends a line ``{"step": step, "seconds": seconds, **values}`` to ``log.jsonl``.
+
+        If the file cannot be written, e.g. on a full disk, the line is shown in a warning instead.
+        """
         if not self.enabled:
             return
         line: dict[str, Any] = {"step": step, "seconds": round(self.seconds, 3), **values}
@@ -105,7 +118,10 @@ class Log:
             log.warning("cannot write to %s (%s); this line is lost: %s", self.path, error, json.dumps(line))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends a line, and shows loss, rewards and GPU memory on the bar."""
+        """Appends a line as `append` does, and shows its values and the peak GPU memory in GiB on the progress bar.
+
+        The gradient norm and the single losses, whose names end in ``_loss``, are not shown.
+        """
         self.append(step, values)
         if not self.enabled:
             return

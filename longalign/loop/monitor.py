@@ -1,4 +1,4 @@
-"""Samples held-out prompts from fixed noise during training, measures the images, finds the best checkpoint."""
+"""Samples images of held-out prompts during training, measures them with metrics, and finds the best checkpoint."""
 
 from __future__ import annotations
 
@@ -32,12 +32,15 @@ from longalign.sizes import parse_size
 
 log = logging.getLogger("longalign")
 
-#: maximum number of images of a measurement that are sent to trackers
+#: maximum number of images of one measurement that are sent to trackers, e.g. TensorBoard
 TRACKED_IMAGES = 16
 
 
 def build_metrics(settings: MonitorConfig | None, runtime: Runtime) -> list[Metric]:
-    """Returns the metrics of a monitor, in eval mode. They run in one process and gather nothing from others."""
+    """Builds the metrics of the section `monitor`, in eval mode; without the section, there are none.
+
+    They can be used in one process alone, because they exchange nothing with other processes.
+    """
     if settings is None:
         return []
     alone = Runtime(runtime.device, runtime.dtype)
@@ -45,21 +48,23 @@ def build_metrics(settings: MonitorConfig | None, runtime: Runtime) -> list[Metr
 
 
 class Monitor:
-    """Samples and measures the held-out prompts of a run. Does nothing if the run has no section `monitor`.
+    """Measures a run while it trains: samples images of held-out prompts from fixed noise and applies metrics.
 
-    Images and their list are written to ``monitor/<step>/`` in the format of ``longalign generate``. Values are logged
-    as ``monitor/<name>``.
+    A measurement's images and their list are written to ``<output>/monitor/<step>/`` in the format of ``longalign
+    generate``. Its values are logged as ``monitor/<name>``. A run without the section `monitor` has no measurements.
 
     Args:
-        composition: the run, with its parts already built.
-        optimization: the trained weights; their moving average is used if the run has one.
-        prompts: the held-out prompts.
+        composition: the run's config and its built parts.
+        optimization: holds the trainable weights. Images are sampled with their moving average if the run has one.
+        prompts: the held-out prompts; one image is sampled for each prompt and each seed of the section.
         metrics: the metrics; only those of the first process are used.
-        reporter: writes the log and sends values and images to trackers.
+        reporter: writes values to the log, and values and images to trackers.
 
     Attributes:
-        points: all measurements so far, the same in all processes.
-        means: training metrics of this process since the last measurement.
+        points: all measurements so far, from first to last, the same in all processes.
+        means: metrics of the training steps of this process since the last measurement.
+        rows: prompt and seed of each image; see `longalign.image_folder.image_row`.
+        seconds: time in seconds that this process has spent in measurements.
     """
 
     def __init__(
@@ -80,15 +85,21 @@ class Monitor:
         self.seconds = 0.0
 
     def is_due(self, step: int) -> bool:
-        """Returns whether a measurement is due after ``step`` completed steps."""
+        """Returns whether a measurement is due after ``step`` completed optimizer steps.
+
+        It is due at the start, every ``monitor.every`` steps and at the last step, unless it was already made.
+        """
         if self.settings is None or any(point.step == step for point in self.points):
             return False
         return step % self.settings.every == 0 or step == self.last_step
 
     def run(self, step: int) -> Exception | None:
-        """Generates and measures the held-out images, and appends the result to ``points`` in all processes.
+        """Generates and measures the held-out images, and appends the measurement to ``points`` in all processes.
 
-        All processes must call it. The first one generates and measures; with sharded weights, all generate.
+        All processes must call this method. The first one generates and measures; with sharded weights, all generate.
+
+        Args:
+            step: number of completed optimizer steps.
 
         Returns:
             The error, if one occurred, so that the caller can save a checkpoint before raising it; else None.
@@ -117,7 +128,7 @@ class Monitor:
         return None
 
     def _measure(self, step: int, training: dict[str, float]) -> Point | None:
-        """Samples and writes the images, and measures them in the first process."""
+        """Samples the images, and writes and measures them in the first process; returns None in the others."""
         composition, settings = self.composition, self.settings
         assert settings is not None
         prompts, seeds = [row["prompt"] for row in self.rows], [row["seed"] for row in self.rows]
@@ -161,11 +172,13 @@ class Monitor:
         assert self.settings is not None
         for path, name in self.settings.names().items():
             if name not in found:
-                raise ValueError(f"monitor.{path}: no value '{name}'; the monitor measures {', '.join(found)}")
+                raise ValueError(
+                    f"monitor.{path}: no value '{name}'; the monitor measures {', '.join(found)}; choose one"
+                )
             if found[name].shown.direction is None:
                 directed = [other for other, summary in found.items() if summary.shown.direction is not None]
                 raise ValueError(
-                    f"monitor.{path}: for '{name}' neither higher nor lower is better; expected one of "
+                    f"monitor.{path}: for '{name}', neither higher nor lower is better; choose one of "
                     f"{', '.join(directed) or 'the values of a metric with a better direction'}"
                 )
 
@@ -184,26 +197,26 @@ class Monitor:
 
     @property
     def share(self) -> float:
-        """Fraction of this process's run that was spent in the monitor."""
+        """Fraction of this process's running time that was spent in measurements, from 0 to 1."""
         return self.seconds / max(self.reporter.log.seconds, 1e-9)
 
     @property
     def best_step(self) -> int | None:
-        """Step of the best checkpoint so far; None if the run keeps none, or none was measured yet."""
+        """Step of the best checkpoint so far; None without ``monitor.keep_best``, or if none qualifies yet."""
         if self.settings is None or self.settings.keep_best is None:
             return None
         return best_checkpoint(self.points, self.settings.keep_best)
 
     @property
     def stops(self) -> bool:
-        """Whether the run ends here because a metric no longer improves."""
+        """Whether ``monitor.early_stop`` ends the run, because its metric no longer improves."""
         if self.settings is None or self.settings.early_stop is None:
             return False
         return is_over(self.points, self.settings.early_stop)
 
     @property
     def at_best(self) -> bool:
-        """Whether the last measurement is the best one."""
+        """Whether the last measurement is that of `best_step`."""
         return bool(self.points) and self.best_step == self.points[-1].step
 
     def state(self) -> dict[str, Any]:
@@ -212,7 +225,10 @@ class Monitor:
         return {"fingerprint": fingerprint, "points": [point.state() for point in self.points]}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restores the measurements from `state`; drops them with a warning if the monitor's settings have changed."""
+        """Restores the measurements from the result of `state`.
+
+        If the settings of the section `monitor` have changed since, the measurements are discarded with a warning.
+        """
         if self.settings is None or not state["points"]:
             return
         if state["fingerprint"] != self.settings.fingerprint():
@@ -221,7 +237,7 @@ class Monitor:
         self.points = [Point(**point) for point in state["points"]]
 
     def close(self) -> None:
-        """Logs how much time the monitor took, in seconds and as a percentage of the run."""
+        """Logs how much time the measurements took, in seconds and in percent of the run."""
         if self.seconds and self.optimization.accelerator.is_main_process:
             total = self.reporter.log.seconds
             log.info("the monitor took %.0f s of %.0f s (%.1f%%)", self.seconds, total, 100 * self.share)
@@ -236,10 +252,18 @@ class Monitor:
 
 
 def training_values(means: Mapping[str, float]) -> dict[str, float]:
-    """Returns the mean training reward, and the share of its text-irrelevant part for each decomposed reward.
+    """Selects the training metrics of a measurement: the mean reward, and the share that does not depend on the text.
 
-    The share is ``text_irrelevant / (text_relevant + text_irrelevant)`` of the means; it is omitted if the score is
-    not positive.
+    A reward that is decomposed logs its score as the sum of ``text_relevant`` and ``text_irrelevant`` (LongAlign,
+    section 4). The share is ``text_irrelevant / (text_relevant + text_irrelevant)``. It is omitted if this sum is not
+    positive.
+
+    Args:
+        means: means of training metrics by name. With several rewards, names start with the reward's index, such as
+            ``0/text_relevant``.
+
+    Returns:
+        ``reward``, and ``text_irrelevant_share`` of each decomposed reward; empty if ``means`` has neither.
     """
     out = {"reward": means["reward"]} if "reward" in means else {}
     for name, irrelevant in means.items():
@@ -251,7 +275,15 @@ def training_values(means: Mapping[str, float]) -> dict[str, float]:
 
 
 def by_prompt(rows: np.ndarray, seeds: int) -> list[float]:
-    """Returns the mean over the images of each prompt, for the values ``(prompts * seeds,)`` of all images."""
+    """Returns the mean over the images of each prompt.
+
+    Args:
+        rows: ``(prompts * seeds,)`` values of all images, prompt by prompt; NaN where an image has no value.
+        seeds: number of images per prompt.
+
+    Returns:
+        One mean per prompt over its images with a value; NaN if there are none.
+    """
     grouped = rows.reshape(-1, seeds)
     known = ~np.isnan(grouped)
     sums, counts = np.where(known, grouped, 0).sum(1), known.sum(1)

@@ -19,31 +19,33 @@ from longalign.loop.setup import is_sharded
 from longalign.sharding import reshard
 from longalign.trainers.base import Trainer
 
-#: variants that torch compiles of one piece of code; the default of 8 is too small for the blocks of a UNet with a LoRA
+#: maximum number of variants that torch compiles of one function; its default of 8 is too small for a UNet's blocks
+#: with a LoRA
 RECOMPILE_LIMIT = 128
 
 
 class NonFinite(Exception):
-    """Raised if a loss or a gradient is not finite."""
+    """Raised if a loss or the norm of the gradient is NaN or infinite."""
 
 
 class Optimization:
-    """Optimizes a trainer's parameters. Modules are wrapped until `close`.
+    """Takes a trainer's optimizer steps with AdamW. Until `close`, accelerate wraps the trainer's modules.
 
     Args:
         accelerator: accelerate's ``Accelerator``.
-        trainer: the trainer, whose modules are wrapped with accelerate and, if configured, compiled.
-        loop: optimizer settings.
+        trainer: the trainer, whose modules are wrapped and, if configured, compiled.
+        loop: the section `loop` of the run's config.
 
     Attributes:
+        sharded: whether FSDP shards the trainable parameters.
         wrapped: the wrapped modules.
         parameters: the trainable parameters.
-        unsharded: with FSDP, the trainable parameters that are not sharded.
-        optimizer: accelerate's optimizer.
-        lr_scheduler: warmup of the learning rate.
-        ema: moving average of the parameters, or None.
-        lr: learning rate of the last step.
-        batches: batches of the last step.
+        unsharded: with FSDP, the trainable parameters that are not sharded; otherwise empty.
+        optimizer: AdamW, wrapped by accelerate.
+        lr_scheduler: linear warmup of the learning rate.
+        ema: exponential moving average of ``parameters``, or None without ``loop.ema``.
+        lr: learning rate of the last optimizer step.
+        batches: batches of the last optimizer step, one for each micro-step.
     """
 
     def __init__(self, accelerator: Accelerator, trainer: Trainer, loop: LoopConfig):
@@ -77,13 +79,17 @@ class Optimization:
         )
 
     def step(self, batches: Iterator[Mapping[str, Any]]) -> dict[str, Tensor] | None:
-        """Takes one optimizer step.
+        """Takes one optimizer step, which consists of ``loop.accumulation`` micro-steps with one batch each.
+
+        Args:
+            batches: yields this process's batches; see `longalign.loop.batches.collate`.
 
         Returns:
-            Losses and metrics, averaged over the micro-steps. None if fp16's gradient scaler skipped the step.
+            Losses and metrics of this process by name, tensors ``()`` averaged over the micro-steps. None if fp16's
+            gradient scaler skipped the step.
 
         Raises:
-            NonFinite: if the gradient is not finite, except with fp16.
+            NonFinite: if the norm of the gradient is not finite, except with fp16.
         """
         metrics: list[dict[str, Tensor]] = []
         self.batches = []
@@ -108,7 +114,7 @@ class Optimization:
         return {k: torch.stack([v[k].detach().float() for v in metrics if k in v]).mean() for k in keys}
 
     def _micro_step(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Runs the trainer's step. Processes exchange gradients once, after the last backward call."""
+        """Calls ``trainer.step`` with one batch. Processes exchange gradients once, after the last backward call."""
         exchanges = self.accelerator.num_processes > 1 and self.accelerator.sync_gradients and not self.sharded
         if not (exchanges and self.trainer.multiple_backward):
             return self.trainer.step(batch, self.accelerator.backward)
@@ -129,12 +135,12 @@ class Optimization:
         norm = to_local_scalar(self.accelerator.clip_grad_norm_(self.parameters, limit))
         # With fp16, the gradient scaler skips steps with a non-finite gradient.
         if self.accelerator.scaler is None and not norm.isfinite():
-            raise NonFinite("the gradient is not finite")
+            raise NonFinite(f"expected a finite norm of the gradient, got {float(norm)}")
         return norm
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context manager: replaces the trainable weights by their moving average, if the run has one."""
+        """Context manager: replaces the parameters by their moving average, if there is one, until exit."""
         if self.ema is not None:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -156,10 +162,12 @@ class Optimization:
 
 
 def compiler(setting: bool | str) -> Callable[[Any], Any]:
-    """Returns a function that compiles a module or function with `torch.compile`.
+    """Returns a function that compiles a module or function with ``torch.compile``.
+
+    Also increases torch's global limits of recompilations.
 
     Args:
-        setting: name of a backend; True and ``"regional"`` select inductor.
+        setting: value of ``loop.compile``: the name of a backend; True and ``"regional"`` select the backend inductor.
     """
     backend = setting if isinstance(setting, str) and setting != "regional" else "inductor"
     # eager random numbers, so that a call replayed with gradient has the same dropout as the recorded call

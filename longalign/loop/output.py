@@ -8,17 +8,26 @@ from accelerate import Accelerator
 
 from longalign.config.checks import output_problem
 from longalign.config.run import RunConfig
+from longalign.files.locks import Lock
 from longalign.loop.folder import recover
-from longalign.loop.locks import Lock
 from longalign.loop.setup import any_process
 
 
 def claim_output(config: RunConfig, accelerator: Accelerator, resume: Path | None) -> Lock | None:
-    """Locks and checks the output folder. The first process does this for all processes, and holds the lock.
+    """Locks and checks the output folder of a run. The first process does this for all processes.
+
+    Args:
+        config: config of the run, with the output folder.
+        accelerator: accelerate's ``Accelerator``; all of its processes must call this function.
+        resume: the checkpoint or run folder to resume from; None for a new run.
+
+    Returns:
+        The lock in the first process, None in the others.
 
     Raises:
-        ValueError: if a different process is writing to the folder, or it contains a different run.
-        OSError: if the folder cannot be used.
+        ValueError: if a process of a different run is writing to the folder, or if the folder contains a run and
+            ``resume`` is not in it.
+        OSError: if the folder cannot be created or written to.
     """
     output, lock = Path(config.output), None
     failure: Exception | None = None

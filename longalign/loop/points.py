@@ -1,7 +1,7 @@
 """Decisions from the measurements of a run's monitor: the best checkpoint, early stopping, warnings.
 
-They depend only on the measurements, which are saved with each checkpoint. A resumed run therefore decides as an
-uninterrupted one.
+They depend only on the measurements, which are saved with each checkpoint. A resumed run therefore makes the same
+decisions as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import numpy as np
 
 from longalign.config.monitor import EarlyStopConfig, GuardConfig, KeepBestConfig
 
-#: fewest prompts for which a change is compared with its standard error
+#: minimum number of prompts for which a change is compared with its standard error
 MIN_PROMPTS = 10
 
 
 @dataclass
 class Point:
-    """One measurement of a monitor: the values at one training step.
+    """One measurement of a run's monitor: the metrics of the held-out images after one training step.
 
     Attributes:
         step: number of completed optimizer steps.
-        values: mean over all images by name, without names that have no value.
-        directions: ``"higher"`` or ``"lower"`` is better by name; None for a gauge,
-            for which neither is.
-        training: mean training reward since the previous measurement, and its text-irrelevant share; empty at first.
-        rows: mean over the images of each prompt by name, NaN where a prompt has no value.
+        values: name of a value -> its mean over all images, or a statistic of all images. Always finite.
+        directions: name of a value -> ``"higher"`` or ``"lower"``, whichever is better. None for a gauge: a value
+            that is only watched, for which neither is better.
+        training: result of `longalign.loop.monitor.training_values` for the steps since the previous measurement.
+        rows: name of a value -> its mean over the images of each prompt, NaN where a prompt has no value. Emptied when
+            `divergences` no longer needs it.
     """
 
     step: int
@@ -39,36 +40,40 @@ class Point:
     rows: dict[str, list[float]] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
-        """Returns the attributes as plain values; ``Point(**state)`` restores the measurement."""
+        """Returns the attributes as a dict of plain values; ``Point(**state)`` restores the measurement."""
         return asdict(self)
 
-    def loss(self, name: str, reference: Point) -> float:
-        """Returns by how much the value ``name`` is worse than in ``reference``; negative if better, NaN if unknown."""
+    def worsening(self, name: str, reference: Point) -> float:
+        """Returns by how much the value ``name`` is worse here than in the measurement ``reference``.
+
+        The result is in the value's unit: negative if the value is better, NaN if one of the two measurements has none.
+        """
         change = self.values.get(name, math.nan) - reference.values.get(name, math.nan)
         return change if self.directions.get(name) == "lower" else -change
 
 
 def best(points: Sequence[Point], choice: KeepBestConfig) -> Point | None:
-    """Returns the measurement with the best value of ``choice.metric`` that its guard accepts, else None.
+    """Returns the measurement with the best value of ``choice.metric``; None if no measurement is accepted.
 
-    Of several equal values, the first one is the best.
+    ``choice.guard`` rejects measurements at which its own metric is worse than in the first one by more than
+    ``at_most_worse``. Of several equal values, the first one is the best.
     """
     found: Point | None = None
     for point in points:
         accepted = choice.metric in point.values and _within(points, point, choice.guard)
-        if accepted and (found is None or point.loss(choice.metric, found) < 0):
+        if accepted and (found is None or point.worsening(choice.metric, found) < 0):
             found = point
     return found
 
 
 def _within(points: Sequence[Point], point: Point, guard: GuardConfig | None) -> bool:
-    return guard is None or point.loss(guard.metric, points[0]) <= guard.at_most_worse
+    return guard is None or point.worsening(guard.metric, points[0]) <= guard.at_most_worse
 
 
 def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | None:
-    """Returns the step of the best measurement as `best` does, but without step 0, which has no checkpoint.
+    """Returns the step of the `best` measurement, step 0 excluded because it has no checkpoint; None if there is none.
 
-    The guard still compares with the first measurement, which can be that of step 0.
+    The guard compares with the first measurement, even if this is the one at step 0.
     """
     trained = [p for p in points if p.step and _within(points, p, choice.guard)]
     found = best(trained, choice.model_copy(update={"guard": None}))
@@ -76,22 +81,22 @@ def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | No
 
 
 def is_over(points: Sequence[Point], choice: EarlyStopConfig) -> bool:
-    """Returns whether none of the last ``patience`` measurements is a new best one."""
+    """Returns whether none of the last ``choice.patience`` measurements is the `best` one so far."""
     found = best(points, choice)
     since = len(points) if found is None else len(points) - 1 - points.index(found)
     return since >= choice.patience
 
 
 def divergences(points: Sequence[Point], window: int) -> Iterator[str]:
-    """Yields a message for each metric that became worse over the window while the training reward rose.
+    """Yields a warning for each metric that became worse between two measurements while the training reward rose.
 
-    The change of a metric is the mean over its prompts, which have the same noise in both measurements. It counts if it
-    exceeds twice its standard error over at least `MIN_PROMPTS` prompts. Breakdowns, gauges and values of sets are
-    skipped.
+    The change of a metric is its mean over the prompts, whose images have the same noise in both measurements. It
+    counts if it exceeds twice its standard error over at least `MIN_PROMPTS` prompts. Skipped are gauges, values of a
+    subgroup (names with a slash) and statistics without a value per prompt.
 
     Args:
         points: all measurements so far.
-        window: the last measurement is compared with the one ``window`` measurements before.
+        window: the last measurement is compared with the one that is ``window`` measurements earlier.
     """
     if len(points) <= window:
         return
@@ -106,8 +111,8 @@ def divergences(points: Sequence[Point], window: int) -> Iterator[str]:
         if len(change) < MIN_PROMPTS:
             continue
         error = change.std(ddof=1) / len(change) ** 0.5
-        loss = change.mean() if direction == "lower" else -change.mean()
-        if loss > 2 * error:
+        worsening = change.mean() if direction == "lower" else -change.mean()
+        if worsening > 2 * error:
             size, start = f"standard error {error:.2g}, {len(change)} prompts", f"the checkpoint of step {then.step}"
             yield (
                 f"from step {then.step} to {now.step}, the training reward rose from {then.training['reward']:.4g} to "

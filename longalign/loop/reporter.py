@@ -15,13 +15,13 @@ from longalign.loop.trackers import Trackers
 
 
 class Reporter:
-    """Collects the metrics of steps, and writes their means.
+    """Collects the metrics of optimizer steps, and writes their means to the log, the progress bar and trackers.
 
     Args:
         accelerator: accelerate's ``Accelerator``; means are taken over all processes.
-        config: the run.
-        step: number of completed steps.
-        means: means since the last log line, restored if the run is resumed.
+        config: config of the run: output folder, number of steps and trackers.
+        step: number of completed optimizer steps.
+        means: metrics since the last log line: those of the checkpoint if the run is resumed, otherwise empty.
     """
 
     def __init__(self, accelerator: Accelerator, config: RunConfig, step: int, means: MetricMeans):
@@ -30,7 +30,11 @@ class Reporter:
         self.trackers = Trackers(accelerator, config)
 
     def add(self, metrics: dict[str, Tensor] | None) -> None:
-        """Adds the metrics of one step, or counts it as skipped if None, and advances the progress bar."""
+        """Adds the metrics of one optimizer step, and advances the progress bar.
+
+        Args:
+            metrics: name -> tensor ``()``; None if fp16's gradient scaler skipped the step, which is counted.
+        """
         if metrics is None:
             self.means.skipped += 1
         else:
@@ -38,20 +42,26 @@ class Reporter:
         self.log.advance()
 
     def current(self) -> dict[str, float]:
-        """Returns the means since the last log line over all processes. Raises NonFinite if a loss is not finite."""
+        """Returns the means of the metrics since the last log line, over all processes.
+
+        ``loss`` is the sum of the losses, whose names end in ``_loss``. All processes must call this method.
+
+        Raises:
+            NonFinite: if the mean of a loss is not finite.
+        """
         metrics = self.means.get(lambda means: self.accelerator.reduce(means.to(self.accelerator.device), "mean"))
         losses = {k: v for k, v in metrics.items() if k.endswith("_loss")}
         if not all(math.isfinite(v) for v in losses.values()):
-            raise NonFinite(f"the loss is not finite ({losses})")
+            raise NonFinite(f"expected finite losses, got {losses}")
         return {"loss": sum(losses.values()), **metrics} if losses else metrics
 
     def write(self, step: int, lr: float, num_truncated: int) -> None:
-        """Writes a line of `current` metrics, and resets the means.
+        """Writes the `current` metrics to the log, the progress bar and trackers, and starts new means.
 
         Args:
-            step: number of completed steps.
-            lr: learning rate.
-            num_truncated: number of truncated prompts so far.
+            step: number of completed optimizer steps.
+            lr: learning rate of the last step.
+            num_truncated: number of truncated prompts so far in this process; logged if it is not 0.
         """
         metrics = {**self.current(), "lr": lr}
         if self.means.skipped:
@@ -63,6 +73,6 @@ class Reporter:
         self.trackers.log_metrics(metrics, step)
 
     def append(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line of given values instead of those of `current`."""
+        """Writes the given values, by name, to the log and to trackers. The means are unchanged."""
         self.log.append(step, values)
         self.trackers.log_metrics(values, step)

@@ -7,16 +7,16 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longalign.caching.fingerprint import fingerprint, fingerprints
-from longalign.caching.store import key_of
 from longalign.checkpoints.provenance import versions
 from longalign.checkpoints.redaction import redacted
 from longalign.compose import Composition
 from longalign.config.changes import diff, flatten
-from longalign.config.files import find_checkpoint
 from longalign.config.run import RunConfig, load_config, to_dict
 from longalign.data.base import Data, spread_indices
 from longalign.data.stream import Stream
+from longalign.files.fingerprint import fingerprint, fingerprints
+from longalign.files.paths import find_checkpoint
+from longalign.files.store import key_of
 from longalign.loop.resume_state import ResumeState
 
 log = logging.getLogger("longalign")
@@ -38,10 +38,16 @@ SUBFOLDERS = ("unet", "transformer", "vae", "text_encoder", "tokenizer", "schedu
 
 
 def check_resumable(state: ResumeState, composition: Composition, num_processes: int) -> None:
-    """Warns about changes of the config. Raises an error if the run cannot be resumed from ``state``.
+    """Checks that a run can be resumed from ``state``, and warns about each allowed change of its config.
+
+    Args:
+        state: the training state in a checkpoint.
+        composition: the config and the built parts of the run that resumes.
+        num_processes: number of processes of this run.
 
     Raises:
-        ValueError: if the config or the number of processes has changed.
+        ValueError: if a key that is not in `RESUMABLE_KEYS` or the number of processes has changed, or
+            ``loop.workers`` has changed and the data is a stream.
     """
     changes = check_same_run(state.config, composition.config)
     if "loop.workers" in changes and isinstance(composition.data, Stream):
@@ -55,7 +61,11 @@ def check_resumable(state: ResumeState, composition: Composition, num_processes:
 
 
 def check_same_run(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns the changes ``{key: (old, new)}`` since the checkpoint's config that are allowed on resume.
+    """Returns the allowed changes ``{key: (old, new)}`` since a run's checkpoint, except that of ``output``.
+
+    Args:
+        saved: config in the checkpoint.
+        config: config of the run that resumes.
 
     Raises:
         ValueError: if keys that are not in `RESUMABLE_KEYS` have changed; the message lists them.
@@ -87,9 +97,17 @@ def check_num_processes(state: ResumeState, processes: int) -> None:
 
 
 def input_fingerprints(config: RunConfig, data: Any, buckets: Sequence[int] | None = None) -> dict[str, Any]:
-    """Returns fingerprints of the weights that a config refers to, of the data's prompts and of its image buckets.
+    """Returns fingerprints of the files that a config refers to: hashes that change if the content changes.
 
-    The fingerprint of a Hub id is the downloaded commit. Data that is a stream has no fingerprint.
+    Args:
+        config: config of the run.
+        data: the built data.
+        buckets: result of `longalign.loop.batches.read_buckets`.
+
+    Returns:
+        ``{"weights": {key: fingerprint}, "data": {...}}``. The fingerprint of a Hub id is the downloaded commit. For
+        the data: number of items, a hash of selected prompts, and a hash of ``buckets`` if it is not None. A stream has
+        no entry ``data``.
     """
     config_dict = to_dict(config)
     parts = {key: config_dict[key] for key in ("backbone", "encoder", "rewards")}
@@ -106,11 +124,11 @@ def input_fingerprints(config: RunConfig, data: Any, buckets: Sequence[int] | No
 
 
 def check_same_inputs(state: ResumeState, current: Mapping[str, Any]) -> None:
-    """Warns if package versions have changed. Raises an error if weights or data have changed under the same config.
+    """Raises an error if weights or data have changed since the run was started, and warns of other package versions.
 
     Args:
-        state: the state to resume from.
-        current: the `input_fingerprints` of this run.
+        state: the training state in a checkpoint.
+        current: result of `input_fingerprints` for the run that resumes.
 
     Raises:
         ValueError: if fingerprints have changed; the message lists them.

@@ -1,4 +1,4 @@
-"""Saves and restores the training state that is in neither the config nor the weights file, for exact resuming."""
+"""Saves and restores the training state of a run, apart from its config and weights file, for exact resuming."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from longalign.checkpoints.weights import load_pickle, load_tensors, reading
-from longalign.config.files import checkpoints, read_metadata
 from longalign.config.run import RunConfig, load_config
+from longalign.files.paths import checkpoints, read_metadata
+from longalign.files.weights import load_pickle, load_tensors, reading
 from longalign.hub import CHECKPOINT
 from longalign.loop.logs import MetricMeans
 from longalign.loop.optimization import Optimization
@@ -25,13 +25,13 @@ log = logging.getLogger("longalign")
 
 FOLDER = "resume"
 
-#: keys of the state shared by all processes, and of that of each process
+#: keys of the results of `shared_state` and `process_state`
 SHARED_KEYS = {"step", "origin", "processes", "parameters", "buffers", "optimizer", "rates", "ema", "scaler", "monitor"}
 PROCESS_KEYS = {"python", "numpy", "torch", "cuda", "means", "monitor"}
 
 
 def random_state() -> dict[str, Any]:
-    """Returns the states of all global random generators of this process."""
+    """Returns the states of this process's global random generators: Python, NumPy, torch on CPU and CUDA."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -54,14 +54,14 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class ResumeState:
-    """The training state in a checkpoint.
+    """The training state in a checkpoint, from which a run can be resumed.
 
     Attributes:
         checkpoint: folder of the checkpoint.
         config: config of the run that wrote the checkpoint.
-        versions: package versions of that run.
-        shared: the result of `shared_state`.
-        by_process: the result of `process_state` of each process.
+        versions: package name -> version in that run.
+        shared: result of `shared_state`.
+        by_process: result of `process_state` of each process, by rank.
     """
 
     checkpoint: Path
@@ -72,12 +72,12 @@ class ResumeState:
 
 
 def find_state(path: Path, output: Path) -> ResumeState | None:
-    """Loads the state of a checkpoint, or of the newest intact checkpoint in a run's folder.
+    """Loads the training state in a checkpoint, or in the newest intact checkpoint of a run.
 
     In a run's folder, damaged checkpoints are skipped with a warning.
 
     Args:
-        path: a checkpoint, its file, or a run's folder.
+        path: a checkpoint folder, the weights file in it, or a run's folder.
         output: the run's output folder.
 
     Returns:
@@ -86,7 +86,7 @@ def find_state(path: Path, output: Path) -> ResumeState | None:
 
     Raises:
         FileNotFoundError: if ``path`` has no checkpoint and is not ``output``.
-        ValueError: if all checkpoints are damaged; the message names the damaged file.
+        ValueError: if all checkpoints are damaged; the message names a damaged file of the newest one.
     """
     if path.is_file():
         path = path.parent
@@ -109,7 +109,7 @@ def find_state(path: Path, output: Path) -> ResumeState | None:
 
 
 def load_state(checkpoint: Path) -> ResumeState:
-    """Loads the state of a checkpoint, and checks that its weights file can be read too.
+    """Loads the training state in a checkpoint folder, and checks that the weights file in it can be read too.
 
     Raises:
         ValueError: if a file is missing or damaged; the message names the file.
@@ -152,15 +152,15 @@ def load_state(checkpoint: Path) -> ResumeState:
 def shared_state(
     optimization: Optimization, monitor: dict[str, Any], origin: dict[str, Any], step: int
 ) -> dict[str, Any]:
-    """Returns the state that the first process writes for all.
+    """Returns the training state that is the same in all processes, which the first process writes.
 
     With FSDP, all processes must call this function, and only the first one gets the full tensors.
 
     Args:
-        optimization: parameters, optimizer, learning rate and moving average.
-        monitor: `longalign.loop.monitor.Monitor.state`.
-        origin: `longalign.loop.resume_checks.input_fingerprints` of the run.
-        step: number of completed steps.
+        optimization: has parameters, optimizer, learning rate and moving average.
+        monitor: result of `longalign.loop.monitor.Monitor.state`.
+        origin: result of `longalign.loop.resume_checks.input_fingerprints` at the start of the run.
+        step: number of completed optimizer steps.
     """
     ema = None if optimization.ema is None else optimization.ema.state_dict()
     buffers = dict(optimization.trainer.named_buffers())
@@ -180,21 +180,26 @@ def shared_state(
 
 
 def process_state(means: MetricMeans, monitor: MetricMeans) -> dict[str, Any]:
-    """Returns the state that each process writes: random generators, and means of metrics that were not logged yet."""
+    """Returns the state that each process writes: random generators, and metrics that are not yet logged.
+
+    Args:
+        means: metrics since the last log line.
+        monitor: metrics since the last measurement of the monitor.
+    """
     return {**random_state(), "means": means.state(), "monitor": monitor.state()}
 
 
 def restore_state(state: ResumeState, optimization: Optimization, means: MetricMeans, monitor: MetricMeans) -> int:
-    """Restores the training state from a checkpoint, and the random generators.
+    """Restores the training state of this process, including its random generators.
 
     Args:
-        state: the saved state.
-        optimization: parameters, optimizer, learning rate and moving average.
+        state: the state in a checkpoint.
+        optimization: its parameters, optimizer, learning rate and moving average are overwritten.
         means: receives the metrics since the last log line.
         monitor: receives the metrics since the last measurement of the monitor.
 
     Returns:
-        The number of completed steps.
+        The number of completed optimizer steps.
 
     Raises:
         ValueError: if the shapes of the saved and the trainable parameters differ.

@@ -38,7 +38,8 @@ class FitResult:
     Attributes:
         step: number of completed optimizer steps.
         checkpoint: folder of the last checkpoint.
-        interrupted: whether the run was stopped before its last step.
+        interrupted: whether a signal such as Ctrl-C stopped the run before its end. A run that ``monitor.early_stop``
+            ended is not interrupted.
         signal: number of the signal that stopped the run; None if it was not interrupted, or if only another process
             received the signal.
     """
@@ -50,12 +51,12 @@ class FitResult:
 
 
 def train(config: RunConfig, runtime: Runtime, resume: Path | None = None) -> FitResult:
-    """Trains as `longalign.loop.fit.fit` does, with a validated config.
+    """Trains as `longalign.loop.fit.fit` does, with a validated config; raises the same errors.
 
     Args:
-        config: the run.
+        config: config of the run, with a trainer.
         runtime: device and dtype; with several processes, each gets its own device.
-        resume: a checkpoint of this run, or the run's folder.
+        resume: a checkpoint of this run, or the run's folder; None starts a new run.
     """
     with explain_errors(config):
         run = Run(config, runtime, resume)
@@ -76,12 +77,12 @@ def train(config: RunConfig, runtime: Runtime, resume: Path | None = None) -> Fi
 
 
 class Run:
-    """A run in this process: builds the parts, takes optimizer steps, and logs, monitors and saves between them.
+    """A training run in this process: builds its parts, takes optimizer steps, logs, measures and saves.
 
     Args:
-        config: the run.
+        config: config of the run, with a trainer.
         runtime: device and dtype; with several processes, each gets its own device.
-        resume: a checkpoint of this run, or the run's folder.
+        resume: a checkpoint of this run, or the run's folder; None starts a new run.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime, resume: Path | None = None):
@@ -157,7 +158,10 @@ class Run:
                 prune(resumed.checkpoint, self.loop.keep)
 
     def train(self, interrupted: Callable[[], bool]) -> FitResult:
-        """Trains to the last step, or to the end of the step in which ``interrupted`` becomes true."""
+        """Trains to the last step, unless the run ends early.
+
+        It ends after the step in which ``interrupted`` returns True, or if ``monitor.early_stop`` ends it.
+        """
         if self._measure() and self.step:  # an interruption came before the measurement
             self.folder = self._save()
         # Once per run: walking all modules costs time, and whoever sets eval mode for a while restores all modes.
@@ -200,7 +204,10 @@ class Run:
             self.monitor.means.add(metrics)
 
     def _measure(self) -> bool:
-        """Runs the monitor if a measurement is due. Its error is raised after a checkpoint has been written."""
+        """Runs the monitor if a measurement is due; returns whether it was.
+
+        If the measurement fails, a checkpoint is written before the error is raised.
+        """
         if not self.monitor.is_due(self.step):
             return False
         if (failure := self.monitor.run(self.step)) is not None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from longalign.checkpoints import checkpoint
-from longalign.checkpoints.weights import save_pickle
 from longalign.compose import Composition
+from longalign.files.weights import save_pickle
 from longalign.loop.folder import new_checkpoint, publish
 from longalign.loop.logs import MetricMeans
 from longalign.loop.monitor import Monitor
@@ -23,17 +23,20 @@ def save_checkpoint(
     origin: dict[str, Any],
     step: int,
 ) -> Path:
-    """Writes a checkpoint and returns its folder. It is renamed to its final name when all processes have finished.
+    """Writes a checkpoint, with weights, config and training state, and returns its folder.
 
-    All processes must call it.
+    All processes must call this function. The folder gets its final name when all have written their files.
 
     Args:
-        composition: the parts of the run.
-        optimization: parameters and optimizer.
+        composition: the run's config and its built parts.
+        optimization: has parameters, optimizer, learning rate and moving average.
         means: metrics since the last log line.
-        monitor: its measurements so far decide whether the checkpoint is marked as the best one.
-        origin: `longalign.loop.resume_checks.input_fingerprints` of the run.
-        step: number of completed steps.
+        monitor: the monitor, whose measurements so far decide whether the checkpoint is the best one.
+        origin: result of `longalign.loop.resume_checks.input_fingerprints` at the start of the run.
+        step: number of completed optimizer steps.
+
+    Raises:
+        OSError: if a file cannot be written; the message names the checkpoint to resume from.
     """
     config, accelerator = composition.config, optimization.accelerator
     backbone = composition.backbone if config.backbone is not None else None

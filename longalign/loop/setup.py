@@ -25,11 +25,11 @@ def make_accelerator(config: RunConfig, device: str) -> Accelerator:
     """Creates accelerate's ``Accelerator``, which joins the processes of the launch.
 
     Args:
-        config: precision, accumulation, trackers and output of the run.
-        device: a torch device; ``"cpu"`` disables the GPUs.
+        config: config of the run, with precision, gradient accumulation, trackers and output folder.
+        device: a torch device. ``"cpu"`` disables GPUs; otherwise accelerate selects the device of each process.
 
     Raises:
-        ValueError: if accelerate's configuration is not supported.
+        ValueError: if the configuration of ``accelerate launch`` is not supported.
     """
     loop = config.loop
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != loop.precision:
@@ -72,12 +72,15 @@ def check_cuda_graphs(loop: LoopConfig, accelerator: Accelerator) -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether FSDP shards the trainable weights."""
+    """Whether FSDP shards the denoiser's weights over the processes."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def process_runtime(accelerator: Accelerator, runtime: Runtime) -> Runtime:
-    """Returns the runtime of this process; with several processes, with its own device and a ``gather``."""
+    """Returns ``runtime`` with this process's device, rank, number of processes and ``gather``.
+
+    With one process, it is returned unchanged.
+    """
     if accelerator.num_processes == 1:
         return runtime
     return replace(
@@ -90,7 +93,7 @@ def process_runtime(accelerator: Accelerator, runtime: Runtime) -> Runtime:
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Returns whether ``flag`` is true in any process."""
+    """Returns whether ``flag`` is true in any process; all processes must call this function."""
     if accelerator.num_processes == 1:
         return flag
     total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device))
@@ -98,7 +101,7 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds the global random generators of this process."""
+    """Seeds the global random generators of Python, NumPy and torch in this process."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -13,32 +13,35 @@ from longalign.errors import RunError, is_out_of_memory
 from longalign.loop.folder import resume_hint
 from longalign.loop.optimization import NonFinite, Optimization
 
-#: trainer keys that save memory when lowered
+#: keys of trainer configs that save memory if they are lowered
 MEMORY_KEYS = ("denoise_batch", "decode_batch", "replay_batch")
 
 
 @contextmanager
 def explain_non_finite(optimization: Optimization, output: Path, step: int) -> Iterator[None]:
-    """Context manager: on `NonFinite`, saves the prompts of the last step and raises RunError.
+    """Context manager: on `NonFinite`, saves the prompts of the last optimizer step and raises RunError.
 
     Args:
-        optimization: the optimization, whose last batches are saved.
+        optimization: holds the batches of the last optimizer step.
         output: the run's folder.
-        step: number of the step, for the message.
+        step: number of that step, counted from 1, for the message.
     """
     try:
         yield
     except NonFinite as problem:
         path = save_failed_batch(output, optimization.accelerator.process_index, step, optimization.batches)
         raise RunError(
-            f"{problem} at step {step}; its prompts are in {path}. No checkpoint was written since; "
+            f"{problem} at step {step}; the prompts of this step are in {path}. No checkpoint of it was written; "
             f"{resume_hint(output)}. Lower loop.lr or loop.clip, or change loop.precision"
         ) from None
 
 
 @contextmanager
 def explain_errors(config: RunConfig) -> Iterator[None]:
-    """Context manager: converts out-of-memory errors and failures of data-loading workers to `RunError`."""
+    """Context manager: converts out-of-memory errors and failures of data-loading workers to `RunError`.
+
+    The message advises which keys of ``config`` to change.
+    """
     output = Path(config.output)
     try:
         yield
@@ -81,7 +84,14 @@ def _memory_advice(config: RunConfig) -> str:
 
 
 def save_failed_batch(output: Path, rank: int, step: int, batches: Sequence[Mapping[str, Any]]) -> Path:
-    """Saves step and prompts of a batch with a non-finite loss or gradient to ``non-finite/``; returns the file."""
+    """Saves the prompts of an optimizer step with a non-finite loss or gradient as JSON, and returns the file.
+
+    Args:
+        output: the run's folder; the file is ``non-finite/process-<rank>/batch.json`` in it.
+        rank: index of this process.
+        step: number of the step, counted from 1.
+        batches: batches of the step, one for each micro-step.
+    """
     path = output / "non-finite" / f"process-{rank}" / "batch.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = [[str(prompt) for prompt in batch.get("prompt", ())] for batch in batches]

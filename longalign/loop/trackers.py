@@ -1,4 +1,4 @@
-"""Additional loggers: TensorBoard and Weights & Biases. A failing logger does not stop a run."""
+"""Trackers: additional loggers, TensorBoard and Weights & Biases. A failing tracker does not stop a run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Trackers:
             _attempt("failed to log metrics", lambda to=tracker: to.log(metrics, step=step))
 
     def log_images(self, images: Tensor, step: int) -> None:
-        """Logs images ``(b, 3, h, w)`` in [0, 1]."""
+        """Logs images ``(b, 3, h, w)`` in [0, 1] after ``step`` completed optimizer steps."""
         for tracker in self.accelerator.trackers:
             _attempt("failed to log images", lambda to=tracker: _log_images(to, images, step))
 

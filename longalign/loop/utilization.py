@@ -1,4 +1,4 @@
-"""Model FLOPs utilization of training steps (mfu, as in PaLM, arXiv 2204.02311)."""
+"""Model FLOPs utilization (MFU) of training steps, as in PaLM (arXiv 2204.02311, section 4.1)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from longalign.config.sections import LoopConfig
 
 
 class Utilization:
-    """Measures the model FLOPs utilization: the FLOPs of the denoiser's calls as a fraction of the device's peak.
+    """Measures the model FLOPs utilization of training steps.
 
-    Operations of autoencoder, encoder, rewards, LoRA and optimizer are not counted, but their time is.
+    It is the FLOPs of the denoiser's calls, divided by the time of the whole step and by the device's FLOPs per second.
+    FLOPs of autoencoder, encoder, rewards, LoRA and optimizer are not counted, but their time is.
 
     Args:
-        backbone: the backbone, whose calls are counted from now on.
-        peak: operations per second of the device.
+        backbone: the backbone, whose denoiser calls are counted from now on.
+        peak: FLOPs per second that the device reaches; see `measured_peak`.
     """
 
     def __init__(self, backbone: Backbone, peak: float):
@@ -28,18 +29,21 @@ class Utilization:
         self.steps = 0
 
     def start(self) -> None:
-        """Starts a step."""
+        """Starts to measure the time and to count the FLOPs of a training step."""
         self.begin, self.before = time.perf_counter(), self.flops.total
 
     def end(self) -> dict[str, Tensor]:
-        """Returns ``mfu`` of the step, except for the first one, in which kernels may be compiled."""
+        """Ends a training step and returns ``{"mfu": tensor ()}``, a fraction from 0 to about 1.
+
+        Empty for the first step, in which kernels may be compiled.
+        """
         seconds, operations = time.perf_counter() - self.begin, self.flops.total - self.before
         self.steps += 1
         return {"mfu": torch.tensor(operations / (seconds * self.peak), device=self.device)} if self.steps > 1 else {}
 
 
 def make_utilization(loop: LoopConfig, backbone: Backbone) -> Utilization | None:
-    """Returns the `Utilization` if ``loop.mfu`` is true, or null on a CUDA device; else None."""
+    """Returns a `Utilization` if ``loop.mfu`` is true, or if it is null and the device is a CUDA device; else None."""
     if loop.mfu is False or (loop.mfu is None and backbone.device.type != "cuda"):
         return None
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": backbone.denoiser.dtype}
@@ -47,7 +51,11 @@ def make_utilization(loop: LoopConfig, backbone: Backbone) -> Utilization | None
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the operations per second of a square matrix product, 8192 wide on an accelerator and 1024 on a CPU."""
+    """Measures the FLOPs per second of a matrix product, as the fastest of five.
+
+    Two square matrices are multiplied, 8192 wide on an accelerator and 1024 wide on a CPU. Multiplication and addition
+    count as two.
+    """
     side, fastest = 1024 if device.type == "cpu" else 8192, math.inf
     a = torch.rand(side, side, device=device, dtype=dtype)
     for _ in range(5):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longalign.checkpoints.weights import load_pickle
+from longalign.files.weights import load_pickle
 from longalign.functional.images import ImagePreprocessor
 
 PREPROCESSOR = ImagePreprocessor((224, 224), mean=(127 / 255,) * 3, std=(128 / 255,) * 3, aspect="squash")

@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from longalign import registry
-from longalign.evaluation.groups import natural_key
 from longalign.metrics.base import Metric, Observations, Value
 from longalign.metrics.config import FactsConfig
 from longalign.mini import oracle
+from longalign.names import natural_key
 from longalign.runtime import Runtime
 
 

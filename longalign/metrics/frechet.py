@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longalign.checkpoints.weights import load_pickle
+from longalign.files.weights import load_pickle
 from longalign.image_folder import IMAGE_SUFFIXES
 from longalign.image_io import ImageFiles
 from longalign.metrics.base import Metric, Statistic, Value

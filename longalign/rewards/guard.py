@@ -45,7 +45,7 @@ class NonFiniteReward(RunError):
         Creates the folder if needed, adds its path to the message of this error, and returns the path. Non-finite
         pixels are black in the PNG and unchanged in the tensor.
         """
-        from longalign.checkpoints.weights import save_tensors
+        from longalign.files.weights import save_tensors
         from longalign.image_io import write_png
 
         folder = Path(folder)

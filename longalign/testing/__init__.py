@@ -1,14 +1,15 @@
-"""Conformance checks for parts, for the tests of plugins and of this library.
+"""Conformance checks for parts (encoders, rewards, trainers and so on), for the tests of plugins and of this library.
 
-Each check takes the config of one part, builds it, and raises one AssertionError that lists everything that fails::
+Each function ``check_<kind>`` takes the config of one part, builds the part, and raises one AssertionError that lists
+everything that fails::
 
     from longalign.testing import check_reward
 
     def test_conformance():
         check_reward({"name": "brightness", "weight": 2.0})
 
-The checks cover what the other parts rely on. `longalign.testing.tiny` writes tiny random checkpoints in the published
-layouts, so that these checks need no download.
+A part that passes works with all parts of other kinds. `longalign.testing.tiny` writes tiny random checkpoints in the
+published layouts, so that no check needs a download.
 """
 
 from __future__ import annotations

@@ -18,15 +18,17 @@ from longalign.testing.common import CPU, checked_config, config_checks, expect,
 def check_backbone(config: Any, *, lora: Any, runtime: Runtime = CPU, size: int | None = None) -> None:
     """Checks that a backbone can be trained, sampled and saved.
 
-    It checks the config, shapes of latents and images, a differentiable decoder, predictions that depend on the
-    conditioning, the reference model and gradient checkpointing. Nothing may be trainable before a LoRA is
-    added. Adding, merging and reloading a LoRA must not change predictions.
+    It checks the config (see `longalign.testing.common.config_checks`), shapes of latents and images, and
+    the decoder's gradient. Predictions must depend on the conditioning, and gradient checkpointing must not change
+    gradients. Nothing may be trainable before a LoRA is added. Adding, merging and reloading a LoRA must not change
+    predictions, nor training it those of the reference model. In full fine-tuning, all trainable weights must get a
+    gradient.
 
     Args:
         config: name, mapping or config of the backbone.
-        lora: `longalign.backbones.config.LoraConfig` of the LoRA to train.
+        lora: `longalign.backbones.config.LoraConfig` of the LoRA to add, without dropout.
         runtime: device and dtype.
-        size: side of the test images in pixels; None is the native resolution.
+        size: side of the square test images in pixels; None is the native resolution.
 
     Raises:
         AssertionError: listing all failed checks.
@@ -110,6 +112,17 @@ def check_backbone(config: Any, *, lora: Any, runtime: Runtime = CPU, size: int 
             grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
         expect_close("gradient with checkpointing", grads[1], grads[0], 1e-3, 1e-5)
 
+    def full_fine_tuning_trains_only_weights_with_gradient() -> None:
+        model = build()
+        model.train_all()
+        model.predict(latents, timesteps, conditioning()).float().square().mean().backward()
+        missing = [name for name, p in model.denoiser.named_parameters() if p.requires_grad and p.grad is None]
+        expect(
+            not missing,
+            "distributed training rejects weights without gradient; name their modules in 'unused_modules': "
+            f"{', '.join(missing)}",
+        )
+
     run_checks(
         "backbones",
         config,
@@ -120,5 +133,6 @@ def check_backbone(config: Any, *, lora: Any, runtime: Runtime = CPU, size: int 
             predictions_depend_on_the_conditioning,
             loras_are_added_merged_and_reloaded,
             checkpointing_changes_no_gradient,
+            full_fine_tuning_trains_only_weights_with_gradient,
         ],
     )

@@ -1,4 +1,4 @@
-"""Shared by all conformance checks: running them, and the checks of a part's config."""
+"""Functions shared by all conformance checks: running checks, comparing values, checking the config of a part."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from longalign.errors import ConfigError
 from longalign.registry import REGISTRIES, PartConfig
 from longalign.runtime import Runtime
 
+#: a check, which fails if it raises
 Check = Callable[[], None]
 Config = TypeVar("Config", bound=PartConfig)
 
+#: one process on the CPU, with float32
 CPU = Runtime()
+#: prompts of 7 and of more than 1000 words, and one with emoji, quotation marks and a line break
 SHORT = "A red fox sleeps on a wall."
 LONG = " ".join(f"Behind the fox stands house number {i}, which is painted blue." for i in range(120))
 EMOJI = "A 🦊 sleeps — “quietly” — under a 日本 sign.\nThe sky is gr\u00fcn."
@@ -32,9 +35,12 @@ def run_checks(kind: str, config: Any, checks: Iterable[Check]) -> None:
     """Runs checks and raises one AssertionError that lists the failed ones.
 
     Args:
-        kind: kind of the part, for the message.
+        kind: kind of the part, e.g. ``"rewards"``, for the message.
         config: config of the part, for the message.
-        checks: functions without arguments; a check fails if it raises.
+        checks: functions without arguments; a check fails if it raises an exception.
+
+    Raises:
+        AssertionError: with name, exception type and message of each failed check.
     """
     failures = []
     for check in checks:
@@ -54,7 +60,10 @@ def expect(condition: bool, message: str) -> None:
 
 
 def expect_close(name: str, got: Tensor, expected: Tensor, rtol: float = 1e-3, atol: float = 1e-5) -> None:
-    """Raises AssertionError with the largest difference unless two tensors agree within ``atol + rtol |expected|``."""
+    """Raises AssertionError unless two tensors have one shape and differ by at most ``atol + rtol |expected|``.
+
+    ``name`` says in the message what is compared.
+    """
     expect(got.shape == expected.shape, f"{name}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}")
     if not torch.allclose(got.float(), expected.float(), rtol=rtol, atol=atol):
         difference = float((got.float() - expected.float()).abs().max())
@@ -64,7 +73,7 @@ def expect_close(name: str, got: Tensor, expected: Tensor, rtol: float = 1e-3, a
 
 
 def expect_error(name: str, call: Callable[[], Any]) -> None:
-    """Raises AssertionError unless ``call`` raises a ValueError; ``name`` of the check starts the message."""
+    """Raises AssertionError unless ``call()`` raises a ValueError; ``name`` says in the message what is called."""
     try:
         call()
     except ValueError:
@@ -73,7 +82,17 @@ def expect_error(name: str, call: Callable[[], Any]) -> None:
 
 
 def checked_config(kind: str, config: Any, base: type[Config]) -> Config:
-    """Returns the validated config of a part. Raises AssertionError unless it derives from ``base``."""
+    """Returns the validated config of a part.
+
+    Args:
+        kind: kind of the part, e.g. ``"rewards"``.
+        config: name, mapping or config of the part.
+        base: base class of the configs of this kind.
+
+    Raises:
+        AssertionError: if the config's class does not derive from ``base``.
+        ConfigError: if the config is invalid.
+    """
     checked = REGISTRIES[kind].validate(config)
     if not isinstance(checked, base):
         raise AssertionError(f"{type(checked).__name__} must derive from {base.__module__}.{base.__name__}")
@@ -81,7 +100,12 @@ def checked_config(kind: str, config: Any, base: type[Config]) -> Config:
 
 
 def config_checks(kind: str, config: PartConfig) -> list[Check]:
-    """Checks of a part's config: listed, described, imports no torch, unchanged by JSON, rejects unknown keys."""
+    """Returns the checks of a part's config, for `run_checks`.
+
+    They check that ``longalign list`` and ``longalign describe`` show the part, that each key has a description, that
+    importing the config imports no torch, that writing it as JSON and reading it changes nothing, and that an unknown
+    key is rejected.
+    """
     registry, name = REGISTRIES[kind], config.name
 
     def is_listed() -> None:
@@ -106,7 +130,10 @@ def config_checks(kind: str, config: PartConfig) -> list[Check]:
         result = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
         )
-        expect(result.returncode == 0, f"importing {module} imports torch or fails: {result.stderr.strip()[-300:]}")
+        expect(
+            result.returncode == 0,
+            f"importing {module} imports torch or fails; import torch inside functions: {result.stderr.strip()[-300:]}",
+        )
 
     def survives_json() -> None:
         dumped = json.loads(json.dumps(config.model_dump(mode="json")))

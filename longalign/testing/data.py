@@ -18,13 +18,14 @@ from longalign.testing.common import CPU, checked_config, config_checks, expect,
 def check_data(config: Any, *, runtime: Runtime = CPU, count: int = 3) -> None:
     """Checks that data can be used by every trainer.
 
-    It checks the config, and the keys, shapes and ranges of items. An item must be the same when it is read again, an
-    index out of range must raise IndexError, and loading workers must be able to receive the data.
+    It checks the config (see `longalign.testing.common.config_checks`), and the keys, shapes, dtypes and
+    ranges of items. An item must be the same when it is read again, and its prompt that of ``prompt(index)``. An index
+    out of range must raise IndexError. It must be possible to pickle the data, for loading workers.
 
     Args:
         config: name, mapping or config of the data.
         runtime: device and processes.
-        count: number of items to read.
+        count: number of items to read, from the first.
 
     Raises:
         AssertionError: listing all failed checks.
@@ -72,10 +73,13 @@ def check_data(config: Any, *, runtime: Runtime = CPU, count: int = 3) -> None:
             data[len(data)]
         except IndexError:
             return
-        raise AssertionError("an index out of range raises no IndexError")
+        raise AssertionError("data[len(data)] must raise IndexError, nothing was raised")
 
     def prompts_are_those_of_the_items() -> None:
-        expect(all(data.prompt(i) == item["prompt"] for i, item in enumerate(read())), "prompt(i) differs from item i")
+        expect(
+            all(data.prompt(i) == item["prompt"] for i, item in enumerate(read())),
+            "prompt(i) differs from data[i]['prompt']",
+        )
 
     def can_be_sent_to_workers() -> None:
         pickle.loads(pickle.dumps(data))

@@ -1,4 +1,4 @@
-"""Conformance of an edit."""
+"""The conformance check of an edit: a function of a reward's text embedding."""
 
 from __future__ import annotations
 
@@ -26,24 +26,27 @@ from longalign.testing.common import (
     run_checks,
 )
 
+#: the bundled CLIP reward of the synthetic scenes
 MINI_CLIP: Mapping[str, Any] = MappingProxyType({"name": "clip", "checkpoint": "mini/clip"})
+#: names that the reward `edited` logs itself
 LOGGED = {"text_relevant", "text_irrelevant", "eta", "edit_norm"}
 
 
 def check_edit(config: Any, *, inner: Any = MINI_CLIP, runtime: Runtime = CPU, size: int = 64) -> None:
     """Checks that an edit can be used in the reward `edited`.
 
-    It checks the config (listed, described, imported without torch, stable as JSON), finite embeddings ``(b, d)``,
-    repeated calls, and that a prompt's embedding does not depend on the other prompts, given the common direction. The
-    input must not be modified, and a saved state must give the same embeddings. As a reward, the score is the dot
-    product with the edited embedding, its gradient is finite and non-zero, and the logged parts of the original score
-    sum to it.
+    It checks the config (see `longalign.testing.common.config_checks`), and that edited embeddings are
+    finite, of shape ``(b, d)`` and the same in a repeated call. A prompt's embedding must not depend on the other
+    prompts, given the common direction of the text embeddings. The input must not be modified, nothing may be
+    trainable, and a saved and loaded edit must give the same embeddings. In the reward `edited`, the score must be the
+    dot product of image embedding and edited embedding, with a finite non-zero gradient. The logged ``text_relevant``
+    and ``text_irrelevant`` must sum to the score without the edit.
 
     Args:
         config: name, mapping or config of the edit.
-        inner: the embedding reward that is edited.
+        inner: name or mapping of the reward whose text embedding is edited.
         runtime: device and dtype.
-        size: side of the test images in pixels.
+        size: side of the square test images in pixels.
 
     Raises:
         AssertionError: listing all failed checks.
@@ -96,7 +99,8 @@ def check_edit(config: Any, *, inner: Any = MINI_CLIP, runtime: Runtime = CPU, s
     def a_common_direction_is_needed_as_declared() -> None:
         if not edit.needs_direction:
             edited = edit(text[:1], prompts[:1], reward, None).text
-            expect(edited.shape == (1, text.shape[1]), "without a common direction, the embedding has a wrong shape")
+            expected = (1, text.shape[1])
+            expect(edited.shape == expected, f"without direction: expected {expected}, got {tuple(edited.shape)}")
 
     def score_is_the_dot_product() -> None:
         leaf = images.clone().requires_grad_()

@@ -29,11 +29,14 @@ from longalign.testing.common import (
 def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
     """Checks that an encoder can be used by every trainer, backbone and pipeline.
 
-    It checks the config, the shapes of states, mask and pooled embedding, and the reports. Prompts include the empty
-    one, one of 1000 words and one with emoji. States must not depend on the batch or on training mode, and must have
-    equal lengths for classifier-free guidance. Trainable parameters must receive gradient. States are those that
-    `Conditioning.predict` passes to the denoiser; it may be called with several rows for a prompt, the first prompt's
-    first.
+    It checks the config (see `longalign.testing.common.config_checks`), the shapes of states, mask and
+    pooled embedding, and that all text is encoded or reported as truncated. The prompts include the empty one, one of
+    more than 1000 words and one with emoji. States must not depend on the other prompts of the batch. Those of a frozen
+    encoder must not depend on training mode. Trainable parameters must receive gradient. Invalid input must raise
+    ValueError.
+
+    The states that are checked are those that `Conditioning.predict` passes to the denoiser. An encoder may pass
+    several rows for each prompt, those of the first prompt first.
 
     Args:
         config: name, mapping or config of the encoder.
@@ -60,11 +63,15 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
         expect(bool(out.states.isfinite().all()), "the states are not finite")
         if out.mask is not None:
             expect(out.mask.shape == (b, n) and out.mask.dtype == torch.bool, f"expected a bool mask {(b, n)}")
-            expect(bool(out.mask.any(1).all()), "a prompt has no state to attend to")
+            expect(bool(out.mask.any(1).all()), "the mask of a prompt is False for all states")
         if out.pooled is not None:
             expect(out.pooled.ndim == 2 and len(out.pooled) == b, f"expected a pooled embedding ({b}, p)")
         pooled = out.pooled is not None
-        expect(checked.gives_pooled() in (None, pooled), "has_pooled does not fit the conditioning")
+        declared = checked.gives_pooled()
+        expect(
+            declared in (None, pooled),
+            f"has_pooled is {declared}, but a pooled embedding is {'' if pooled else 'not '}given",
+        )
 
     def reports_cover_the_prompts() -> None:
         out = encode(prompts)
@@ -98,7 +105,10 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
 
     def guidance_branches_have_equal_lengths() -> None:
         out = encode([SHORT, ""])
-        expect(out[torch.tensor([1, 0])].states.shape == out.states.shape, "rows cannot be selected")
+        expect(
+            out[torch.tensor([1, 0])].states.shape == out.states.shape,
+            "states must keep their shape if rows are selected",
+        )
 
     def calls_repeat_in_training_mode() -> None:
         first = _passed_to_denoiser(encode(prompts), 4).states
@@ -143,7 +153,11 @@ def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
 
 
 def _passed_to_denoiser(conditioning: Conditioning, count: int) -> Conditioning:
-    """Returns the conditioning that a denoiser gets for ``count`` prompts, at a middle timestep."""
+    """Returns the conditioning that `Conditioning.predict` passes to a denoiser for ``count`` prompts, at timestep 500.
+
+    Raises:
+        AssertionError: if the denoiser is not called once, or with different numbers of rows.
+    """
     calls: list[Conditioning] = []
 
     def call(latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

@@ -1,4 +1,4 @@
-"""The conformance check of a method that selects gradient steps."""
+"""The conformance check of a part of kind ``gradient_steps``, which selects the sampling steps with gradient."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from longalign.gradient_steps.config import GradientStepsConfig
 from longalign.registry import gradient_steps
 from longalign.testing.common import CPU, checked_config, config_checks, expect, run_checks
 
+#: number of selections that are checked
 REPEATS = 20
 
 
 def check_gradient_steps(config: Any, *, num_steps: int = 20) -> None:
-    """Checks that a selection of gradient steps is valid and gives the gradient of autograd.
+    """Checks that selections of gradient steps, the sampling steps that receive gradient, are valid.
 
-    It checks the config, that selected steps are ascending and within the steps that are taken, and that `detaches()`
-    agrees with the selection. Replaying the selected calls of a small network must equal autograd through the same
-    rollout in float64 (relative error below 1e-6).
+    It checks the config (see `longalign.testing.common.config_checks`), and that selected steps are
+    ascending and among the steps that are taken. The config's ``detaches()`` must agree with them. For a small
+    float64 network, the gradient of `longalign.functional.replay_backward` must equal that of autograd through all
+    sampling steps (relative error below 1e-6).
 
     Args:
-        config: name, mapping or config.
-        num_steps: number of sampling steps.
+        config: name, mapping or config of the part.
+        num_steps: number of sampling steps to select from.
 
     Raises:
         AssertionError: listing all failed checks.
@@ -44,7 +46,10 @@ def check_gradient_steps(config: Any, *, num_steps: int = 20) -> None:
             expect(1 <= length <= num_steps, f"expected a length from 1 to {num_steps}, got {length}")
             valid = list(chosen.steps) == sorted(set(chosen.steps)) and all(0 <= s < length for s in chosen.steps)
             expect(valid and bool(chosen.steps), f"expected ascending steps below {length}, got {chosen.steps}")
-            expect(chosen.detach == checked.detaches(), "detaches() of the config differs from the selection")
+            expect(
+                chosen.detach == checked.detaches(),
+                f"detaches() is {checked.detaches()}, but a selection has detach={chosen.detach}",
+            )
 
     def gradient_equals_autograd() -> None:
         torch.manual_seed(0)

@@ -32,15 +32,16 @@ def check_metric(
 ) -> None:
     """Checks that a metric can be used in every table.
 
-    It checks the config (listed, described, imported without torch, stable as JSON), values of shape ``(n,)`` that are
-    finite or NaN, and statistics of resampled images. Repeated and batched observations must give the same values.
-    Names must have a unit and a direction, and start with the label.
+    It checks the config (see `longalign.testing.common.config_checks`). Values must have shape ``(n,)``
+    for n images and be finite or NaN, also those of a set of repeated images. Observations must be the same in a
+    repeated call, and values must not depend on the batch size. The names of values must start with the metric's label,
+    and have a direction: higher or lower is better, or None.
 
     Args:
         config: name, mapping or config of the metric.
-        prompts: prompts that the metric has values for; there is an image for each of two seeds.
+        prompts: prompts for which the metric has values. Two random images of each are measured, as of two seeds.
         runtime: device and dtype.
-        size: side of the test images in pixels.
+        size: side of the square test images in pixels.
 
     Raises:
         AssertionError: listing all failed checks.

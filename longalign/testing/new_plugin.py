@@ -1,4 +1,4 @@
-"""Writes the package of a new plugin from templates, for `longalign new-plugin`."""
+"""Writes the package of a new plugin from templates, for ``longalign new-plugin``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 
-#: what a plugin can add: the name of the templates, and the kind of the registry; both are accepted
+#: kinds of parts that a plugin can add: the folder of the templates -> the name of the registry
 KINDS = {
     "reward": "rewards",
     "edit": "edits",
@@ -19,19 +19,20 @@ KINDS = {
     "metric": "metrics",
     "gradient_steps": "gradient_steps",
 }
+#: kebab case
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
-    """Writes a package that installs, works on the synthetic scenes and passes its conformance test.
+    """Writes the package of a plugin with one part. It works on the synthetic scenes and passes its conformance test.
 
     Args:
-        name: name of the part, in kebab case; the package is ``longalign-<name>``.
-        kind: a key or value of `KINDS`.
-        folder: where to make the folder of the package.
+        name: name of the part in kebab case, e.g. ``"my-reward"``; the package is called ``longalign-<name>``.
+        kind: kind of the part, a key or value of `KINDS`, e.g. ``"reward"`` or ``"rewards"``.
+        folder: folder in which the folder ``longalign-<name>`` is created.
 
     Returns:
-        The folder of the package.
+        The created folder.
 
     Raises:
         ValueError: if the name is not in kebab case, the kind is unknown, or the folder exists.

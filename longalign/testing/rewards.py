@@ -28,17 +28,19 @@ from longalign.testing.common import (
 def check_reward(config: Any, *, runtime: Runtime = CPU, size: int = 64, depends_on_batch: bool = False) -> None:
     """Checks that a reward can be used by every trainer and metric.
 
-    It checks the config (listed, described, imported without torch, stable as JSON), scores of shape ``(b,)``, and
-    repeated and batched scores. Prompts include an empty one, one of 1000 words and one with emoji; invalid input must
-    raise an error. A differentiable reward needs a finite non-zero gradient in the images. Micro-batches, if it has
-    them, must give equal numbers, and a reward that embeds must allow reweighting.
+    It checks the config (see `longalign.testing.common.config_checks`). Scores must have shape ``(b,)``,
+    be the same in a repeated call, and depend on the image but not on the batch. The prompts include the empty one, one
+    of more than 1000 words and one with emoji. Invalid input must raise ValueError, and no parameter may require
+    gradient. The images of a differentiable reward must get a finite non-zero gradient. A key ``micro_batch`` must not
+    change the scores. If the config's ``embeds`` is True, the reward `reweighted` with omega 1 must give the same
+    scores.
 
     Args:
         config: name, mapping or config of the reward.
         runtime: device and dtype.
-        size: side of the test images in pixels.
-        depends_on_batch: whether a score depends on the other prompts of its batch, as with a common direction of the
-            batch; then a batch is not compared with single images.
+        size: side of the square test images in pixels.
+        depends_on_batch: whether a score depends on the other prompts of its batch. If True, scores of a batch are not
+            compared with those of single images.
 
     Raises:
         AssertionError: listing all failed checks.
@@ -78,7 +80,7 @@ def check_reward(config: Any, *, runtime: Runtime = CPU, size: int = 64, depends
     def gradient(reward: Reward) -> Tensor:
         leaf = images.clone().requires_grad_()
         reward.score(leaf, prompts).sum().backward()
-        expect(leaf.grad is not None, "the images got no gradient")
+        expect(leaf.grad is not None, "the images got no gradient; compute scores without detach")
         assert leaf.grad is not None
         return leaf.grad
 

@@ -1,4 +1,4 @@
-"""The conformance check of a segmenter."""
+"""The conformance check of a segmenter, which splits prompts into segments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from longalign.testing.common import CPU, EMOJI, LONG, SHORT, checked_config, co
 def check_segmenter(config: Any, *, lossless: bool = True) -> None:
     """Checks that a segmenter can be used by encoders and rewards.
 
-    It checks the config. Segments must be non-empty strings in the order of the text, and the empty prompt has none. A
-    repeated call must return the same segments, and no text may be lost.
+    It checks the config (see `longalign.testing.common.config_checks`). Segments must be non-empty texts,
+    and the empty prompt must have none. A repeated call must return the same segments.
 
     Args:
         config: name, mapping or config of the segmenter.
-        lossless: whether all characters but whitespace must be in the segments; False for a splitter that drops or adds
-            delimiters on purpose.
+        lossless: whether the joined segments must equal the text, apart from whitespace; False for a segmenter that
+            drops or adds delimiters on purpose.
 
     Raises:
         AssertionError: listing all failed checks.

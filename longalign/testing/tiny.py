@@ -1,6 +1,7 @@
-"""Builders of tiny random checkpoints in the published formats, shared by the tests.
+"""Builders of tiny random checkpoints in the published formats, for the tests of this library and of plugins.
 
-Each checkpoint is built once per process and settings. Later calls copy it, so tests may modify their copy.
+``tiny_*(folder, ...)`` writes a checkpoint to ``folder`` and returns this folder. Sizes of images are in pixels. Each
+checkpoint is built once per process and settings; later calls copy it, so tests may modify it.
 """
 
 # The annotations of diffusers' and transformers' constructors are narrower than the values that their configs accept.
@@ -46,14 +47,18 @@ Builder = Callable[..., Path]
 
 @cache
 def _built() -> Path:
-    """Folder of the checkpoints built by this process."""
+    """Returns the temporary folder of the checkpoints built by this process; it is removed when the process ends."""
     folder = tempfile.mkdtemp(prefix="tiny-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
 def once(build: Builder) -> Builder:
-    """Decorator: runs ``build(folder, **settings)`` once per settings, and copies the result to each ``folder``."""
+    """Decorator of builders: runs ``build`` once per process and settings, and copies its files to each ``folder``.
+
+    Args:
+        build: ``build(folder, ...)`` writes files to ``folder``; all its other arguments are settings.
+    """
     built: dict[str, Path] = {}
 
     @wraps(build)
@@ -73,21 +78,29 @@ def once(build: Builder) -> Builder:
 
 
 def parts_folder(folder: Path) -> Path:
-    """Returns a second folder for a model whose weights are loaded from it and then saved to ``folder``."""
+    """Returns ``<folder>-parts``, for parts of a model that are loaded again to build the model in ``folder``."""
     return folder.with_name(f"{folder.name}-parts")
 
 
 def weights_of(file: Path) -> dict[str, torch.Tensor]:
-    """Loads a safetensors file into memory; memory-mapped tensors would change when the file is overwritten."""
+    """Returns the tensors of a safetensors file by name, as copies that do not change if it is overwritten."""
     return load(file.read_bytes())
 
 
+#: texts from whose words the vocabularies of the tiny tokenizers are made
 WORDS = ("A red fox sleeps on a wall. The sky is green.",)
 
 
 @once
 def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 16) -> Path:
-    """Writes a transformers ``CLIPModel`` for 32 px; with tokenizer and processor unless ``tokenizer`` is False."""
+    """Writes a transformers ``CLIPModel`` for 32x32 images.
+
+    Args:
+        folder: the folder to write to.
+        seed: seed of the random weights.
+        tokenizer: whether to write the tokenizer and the processor's settings too.
+        width: width of the embeddings.
+    """
     from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
     from longalign.mini.tokenizers import write_clip_tokenizer
@@ -116,7 +129,7 @@ def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 
 
 @once
 def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
-    """Writes an open_clip model in the layout of HPSv2's files, with its architecture and vocabulary."""
+    """Writes an open_clip model for 32x32 images as the file ``name`` of HPSv2, with a config and vocabulary for it."""
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -138,7 +151,7 @@ def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
 
 @once
 def tiny_imagereward(folder: Path) -> Path:
-    """Writes the files of ImageReward for 32 px, with its parameter names, and a BERT tokenizer."""
+    """Writes an ImageReward for 32x32 images, with the published names of files and weights, and a BERT tokenizer."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS[0].lower().replace(".", "").split()]
     vocabulary = list(dict.fromkeys(words))
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +207,15 @@ def tiny_imagereward(folder: Path) -> Path:
 
 @once
 def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77, width: int = 16) -> Path:
-    """Writes a CLIP text model and its tokenizer in diffusers layout, or a ``CLIPModel`` in transformers layout."""
+    """Writes a CLIP text model with its tokenizer.
+
+    Args:
+        folder: the folder to write to.
+        layout: ``"diffusers"`` writes the folders ``text_encoder`` and ``tokenizer``; any other value writes a
+            transformers ``CLIPModel``.
+        positions: maximum number of tokens of a text, including special tokens.
+        width: width of the hidden states.
+    """
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
     from longalign.mini.tokenizers import write_clip_tokenizer
@@ -220,7 +241,7 @@ def tiny_clip_text(folder: Path, layout: str = "diffusers", positions: int = 77,
 
 @once
 def tiny_t5(folder: Path, width: int = 16) -> Path:
-    """Writes a T5 encoder with its tokenizer in transformers layout."""
+    """Writes a T5 encoder with hidden states of ``width`` and its tokenizer, in transformers layout."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
     from longalign.mini.tokenizers import write_t5_tokenizer
@@ -236,7 +257,14 @@ def tiny_t5(folder: Path, width: int = 16) -> Path:
 
 
 def tiny_longclip_file(path: Path, vocab_size: int, width: int = 64, positions: int = 248) -> Path:
-    """Writes the text model of an original ``longclip-L.pt``: a state dict with OpenAI's keys."""
+    """Writes the file ``path`` like LongCLIP's ``longclip-L.pt``, a state dict with OpenAI's keys, and returns it.
+
+    Args:
+        path: the file to write.
+        vocab_size: number of tokens of the vocabulary.
+        width: width of the text model's hidden states.
+        positions: maximum number of tokens of a text, including special tokens.
+    """
     torch.manual_seed(0)
     state = {
         "logit_scale": torch.tensor(4.6),
@@ -269,7 +297,10 @@ def _clip_vocabulary(folder: Path) -> int:
 
 
 def noisy(model: torch.nn.Module):
-    """Enlarges the weights so that states differ clearly between tokens and positions."""
+    """Overwrites a model's weights, except those of norms, with larger random ones, and returns the model.
+
+    Its states then differ clearly between tokens and positions.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -279,7 +310,10 @@ def noisy(model: torch.nn.Module):
 
 @once
 def tiny_sd(folder: Path, width: int = 16) -> Path:
-    """Writes a Stable Diffusion for 64 px in diffusers layout: UNet, VAE of factor 8, CLIP text model, scheduler."""
+    """Writes a Stable Diffusion for 64x64 images in diffusers layout, with a VAE that reduces sides to 1/8.
+
+    ``width`` is the width of the CLIP text model's hidden states.
+    """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizerFast
 
@@ -314,7 +348,14 @@ def tiny_sd(folder: Path, width: int = 16) -> Path:
 
 
 def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
-    """Returns a UNet like Stable Diffusion's, with cross-attention to states of ``width``."""
+    """Returns a random UNet of Stable Diffusion's type, in eval mode.
+
+    Args:
+        width: width of the text states for cross-attention.
+        channels: number of latent channels.
+        size: height and width of the latents, in latent pixels.
+        **settings: further arguments of ``UNet2DConditionModel``.
+    """
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -327,10 +368,10 @@ def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
 
 
 def tiny_backbone(prediction: str = "epsilon", width: int = 8, **vae_settings: Any):
-    """Returns a randomly initialized `SDBackbone` for images of 8 by 8 pixels and latents of 4 by 4.
+    """Returns a randomly initialized `SDBackbone` for images of 8 by 8 pixels and latents of shape ``(4, 4, 4)``.
 
     Args:
-        prediction: prediction type, e.g. ``"epsilon"`` or ``"v_prediction"``.
+        prediction: prediction type, ``"epsilon"`` or ``"v_prediction"``.
         width: width of the text states.
         **vae_settings: further arguments of ``AutoencoderKL``.
     """
@@ -351,12 +392,12 @@ SD15_NARROW = {
     "block_out_channels": (8, 16, 24, 24), "norm_num_groups": 4, "attention_head_dim": 2, "sample_size": 8,
     "cross_attention_dim": 16,
 }  # fmt: skip
-"""Config of Stable Diffusion 1.5's UNet (diffusers' default blocks) with few channels."""
+"""Arguments of ``UNet2DConditionModel``: Stable Diffusion 1.5's blocks, the default, with few channels."""
 
 
 @once
 def tiny_sd15(folder: Path) -> Path:
-    """Writes the same as `tiny_sd`, with the UNet blocks and layers of Stable Diffusion 1.5."""
+    """Writes the model of `tiny_sd`, but with as many UNet blocks and layers as Stable Diffusion 1.5."""
     from diffusers import UNet2DConditionModel
 
     tiny_sd(folder)
@@ -367,7 +408,10 @@ def tiny_sd15(folder: Path) -> Path:
 
 @once
 def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int = 16) -> Path:
-    """Writes LaVi-Bridge's adapter in diffusers format."""
+    """Writes LaVi-Bridge's adapter in diffusers format.
+
+    It maps T5's states of width ``in_dim`` to ``out_dim``, with a hidden width of ``int_dim``.
+    """
     from longalign.encoders.t5.adapter import TextAdapter
 
     torch.manual_seed(2)
@@ -377,7 +421,7 @@ def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int
 
 @once
 def tiny_sdxl(folder: Path) -> Path:
-    """Writes Stable Diffusion XL in its Hub layout: two text models (16 and 24 wide), Euler scheduler; 64 px."""
+    """Writes a Stable Diffusion XL for 64x64 images in its Hub layout, with CLIP text models of widths 16 and 24."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
@@ -413,7 +457,11 @@ def tiny_sdxl(folder: Path) -> Path:
 
 @once
 def tiny_sd3(folder: Path, **transformer_settings) -> Path:
-    """Writes Stable Diffusion 3 in its Hub layout, in half precision: CLIPs 8 and 12 wide, T5 32 wide; 64 px."""
+    """Writes a Stable Diffusion 3 for 64x64 images in its Hub layout, in float16.
+
+    Its CLIP text models have widths 8 and 12, and T5 has width 32. ``transformer_settings`` are further arguments of
+    ``SD3Transformer2DModel``.
+    """
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -462,10 +510,12 @@ def tiny_sd3(folder: Path, **transformer_settings) -> Path:
 
 @once
 def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path:
-    """Writes FLUX.1 in its Hub layout: CLIP 16 wide, T5 32 wide, VAE of factor 4 with 4 channels; for 32 px.
+    """Writes a FLUX.1 for 32x32 images in its Hub layout, with a CLIP of width 16 and a T5 of width 32.
 
-    ``dynamic`` makes noise levels depend on the image size and ``guidance`` adds a guidance embedding, as in FLUX.1-dev
-    and unlike FLUX.1-schnell.
+    Args:
+        folder: the folder to write to.
+        dynamic: whether noise levels depend on the image size, as in FLUX.1-dev and unlike FLUX.1-schnell.
+        guidance: whether the transformer has a guidance embedding, as in FLUX.1-dev and unlike FLUX.1-schnell.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizerFast, T5EncoderModel
@@ -496,9 +546,13 @@ def tiny_flux(folder: Path, dynamic: bool = True, guidance: bool = True) -> Path
 
 @once
 def tiny_pixart(folder: Path, sigma: bool = False, size_conditions: bool = False) -> Path:
-    """Writes PixArt-alpha, or PixArt-Sigma if ``sigma``, in its Hub layout: T5 32 wide, VAE of factor 4; for 32 px.
+    """Writes a PixArt for 32x32 images in its Hub layout, with a T5 of width 32.
 
-    ``size_conditions`` adds the embeddings of image size and aspect ratio of PixArt-alpha for 1024 px.
+    Args:
+        folder: the folder to write to.
+        sigma: whether to write PixArt-Sigma instead of PixArt-alpha.
+        size_conditions: whether the transformer has embeddings of image size and aspect ratio, as PixArt-alpha has for
+            1024 px.
     """
     import diffusers
     from transformers import AutoTokenizer, T5EncoderModel
@@ -527,7 +581,10 @@ VLM_WORDS = ("<pad>", "<unk>", "<image>", "<s>", "</s>", "yes", "no", "1", "2", 
 
 @once
 def tiny_vlm(folder: Path, seed: int = 0) -> Path:
-    """Writes a LLaVA for 32 px, with processor and chat template; its output depends on the image."""
+    """Writes a LLaVA for 32x32 images with processor and chat template, whose output depends on the image.
+
+    ``seed`` is that of the random weights.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
@@ -565,6 +622,7 @@ def tiny_vlm(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+#: special tokens of Qwen2-VL
 QWEN_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -578,7 +636,10 @@ QWEN_TOKENS = (
 
 @once
 def tiny_qwen2_vl(folder: Path) -> Path:
-    """Writes a Qwen2-VL in transformers layout, with processor and chat template; images become 56 px or more."""
+    """Writes a Qwen2-VL in transformers layout, with processor and chat template.
+
+    The processor resizes images to between 56 by 56 and 84 by 84 pixels.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         PreTrainedTokenizerFast,
@@ -624,7 +685,7 @@ def tiny_qwen2_vl(folder: Path) -> Path:
 
 @once
 def tiny_hpsv3(folder: Path) -> Path:
-    """Writes ``HPSv3.safetensors`` with the published names and layers, and the files of its base model."""
+    """Writes ``HPSv3.safetensors`` with the published weight names, and the other files of `tiny_qwen2_vl`."""
     from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
     from longalign.rewards.hpsv3.config import REWARD_TOKEN, WEIGHTS
@@ -649,14 +710,28 @@ def tiny_hpsv3(folder: Path) -> Path:
 
 
 def tower_reward(towers, preprocessor, **settings):
-    """Returns a `TowerReward` with the defaults of its config."""
+    """Returns a `TowerReward`, by default without segmenter, micro-batches and truncation.
+
+    Args:
+        towers: image and text tower; see `longalign.rewards.Towers`.
+        preprocessor: preprocesses the images; see `longalign.functional.ImagePreprocessor`.
+        **settings: further arguments of `TowerReward`, e.g. ``segmenter``.
+    """
     from longalign.rewards import TowerReward
 
     return TowerReward(towers, preprocessor, **{"segmenter": None, "micro_batch": None, "truncate": False, **settings})
 
 
 def edited(inner, edit="direction", direction="batch", gather=None, **settings):
-    """Returns an `EditedReward`; ``settings`` are the keys of the edit."""
+    """Returns an `EditedReward`, whose text embedding is edited.
+
+    Args:
+        inner: the reward whose embeddings are used.
+        edit: name of the edit.
+        direction: source of the common direction of the text embeddings; ``"batch"`` is the mean of a batch.
+        gather: gathers tensors of all processes, see `Runtime`; None for one process.
+        **settings: keys of the edit's config.
+    """
     from longalign.registry import edits
     from longalign.rewards import EditedReward
     from longalign.runtime import Runtime
@@ -666,7 +741,7 @@ def edited(inner, edit="direction", direction="batch", gather=None, **settings):
 
 
 def steps(name, **settings):
-    """Builds a method of the kind ``gradient_steps`` from its config, for one process."""
+    """Builds the part ``name`` of kind ``gradient_steps``, for one process; ``settings`` are the keys of its config."""
     from longalign.registry import gradient_steps
     from longalign.runtime import Runtime
 

@@ -1,4 +1,4 @@
-"""Builders of tiny random checkpoints of models with a language model as text encoder; see `longalign.testing.tiny`."""
+"""Builders of tiny random checkpoints with a language model as text encoder, like those of `longalign.testing.tiny`."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 # pyright: reportPrivateImportUsage=false, reportOptionalMemberAccess=false
@@ -15,7 +15,7 @@ from longalign.testing.tiny import noisy, once, parts_folder
 __all__ = ["tiny_flux2", "tiny_llm", "tiny_qwen_image", "tiny_sana", "tiny_z_image"]
 
 WIDTH = 16
-"""Width of the hidden states."""
+"""Width of the language models' hidden states."""
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -29,15 +29,17 @@ INSTRUCT = (
     "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}[/{{ tag }}]{% endfor %}"
 )
 """Chat template in the format of Mistral."""
+#: vocabulary of the tokenizer of `tiny_llm` with kind "gemma2"
 GEMMA_WORDS = ("paint", "this:", "a", "red", "fox.", "fox", "the", "sky", "is", "green.", "wall.")
 
 
 @once
 def tiny_llm(folder: Path, kind: Literal["qwen3", "qwen2.5-vl", "gemma2", "mistral3"] = "qwen3") -> Path:
-    """Writes a language model 16 wide and its tokenizer in diffusers layout: ``text_encoder/``, ``tokenizer/``.
+    """Writes a language model of width 16 and its tokenizer in diffusers layout: ``text_encoder/``, ``tokenizer/``.
 
-    The tokens of the two Qwens are bytes, and their chat template is ChatML. Those of Gemma are words with the space
-    before them, after ``<bos>``. Those of Mistral are bytes, padded on the left; ``tokenizer/`` contains its processor.
+    The tokens of ``"qwen3"`` and ``"qwen2.5-vl"`` are bytes, and their chat template is ChatML. The tokens of
+    ``"gemma2"`` are the words in `GEMMA_WORDS`, each with or without a space before it, and texts start with ``<bos>``.
+    The tokens of ``"mistral3"`` are bytes, padded on the left; ``tokenizer/`` also contains the image processor.
     """
     import transformers
 
@@ -82,7 +84,7 @@ def tiny_llm(folder: Path, kind: Literal["qwen3", "qwen2.5-vl", "gemma2", "mistr
 
 @once
 def tiny_z_image(folder: Path, dynamic: bool = False) -> Path:
-    """Z-Image in its Hub layout: a Qwen3 16 wide, VAE of factor 4 with 4 channels; for 32 px.
+    """Writes a Z-Image for 32x32 images in its Hub layout, with a Qwen3 of width 16 and 4 latent channels.
 
     ``dynamic`` makes noise levels depend on the image size.
     """
@@ -106,7 +108,7 @@ def tiny_z_image(folder: Path, dynamic: bool = False) -> Path:
 
 @once
 def tiny_qwen_image(folder: Path) -> Path:
-    """Qwen-Image in its Hub layout: a Qwen2.5-VL 16 wide, VAE of factor 4 with 4 channels; for 32 px."""
+    """Writes a Qwen-Image for 32x32 images in its Hub layout, with a Qwen2.5-VL of width 16 and 4 latent channels."""
     import diffusers
 
     text_encoder, tokenizer = _text_parts(folder, "qwen2.5-vl", "Qwen2_5_VLForConditionalGeneration")
@@ -129,7 +131,7 @@ def tiny_qwen_image(folder: Path) -> Path:
 
 @once
 def tiny_sana(folder: Path) -> Path:
-    """Sana in its Hub layout: a Gemma 2 16 wide, deep-compression autoencoder of factor 4; for 32 px."""
+    """Writes a Sana for 32x32 images in its Hub layout, with a Gemma 2 of width 16 and 4 latent channels."""
     import diffusers
 
     text_encoder, tokenizer = _text_parts(folder, "gemma2", "Gemma2Model")
@@ -192,7 +194,10 @@ def tiny_flux2(folder: Path, mistral: bool = False) -> Path:
 
 
 def _text_parts(folder: Path, kind: str, model_class: str, tokenizer_class: str = "AutoTokenizer") -> tuple[Any, Any]:
-    """Returns a language model and its tokenizer for a pipeline that will be saved to ``folder``."""
+    """Returns the language model ``kind`` of `tiny_llm`, loaded as ``transformers.<model_class>``, and its tokenizer.
+
+    The pipeline with both will be saved to ``folder``.
+    """
     import transformers
 
     parts = tiny_llm(parts_folder(folder), kind)

@@ -9,24 +9,26 @@ from typing import Any
 
 import torch
 
-from longalign.checkpoints.weights import load_tensors
 from longalign.config.changes import override
 from longalign.config.run import RunConfig, load_config
+from longalign.files.weights import load_tensors
 from longalign.loop.fit import fit
 from longalign.testing.common import config_checks, expect, run_checks
 
+#: number of optimizer steps
 STEPS = 3
 
 
 def check_trainer(run: Any) -> None:
     """Checks that a trainer trains, logs, saves and resumes.
 
-    It trains three steps of a run in a temporary folder. The loss must be finite and a parameter must change. A run
-    that stops after two steps and is resumed must log the same numbers and save the same weights, bit by bit.
+    It checks the trainer's config, and trains a run for three steps in a temporary folder. Losses must be finite, and a
+    saved weight must change. A second run that ends after two steps and is resumed must log the same numbers and save
+    the same weights, bit by bit.
 
     Args:
-        run: config of a run with the trainer, on tiny checkpoints and the CPU. Its ``output`` and ``loop.steps`` are
-            replaced, and each step is logged and saved.
+        run: config of a run with the trainer, as for `longalign.fit`, with tiny checkpoints. Its keys ``output``,
+            ``loop.steps``, ``loop.save_every``, ``loop.keep`` and ``loop.log_every`` are overridden.
 
     Raises:
         AssertionError: listing all failed checks.
@@ -51,7 +53,10 @@ def check_trainer(run: Any) -> None:
         def resumes_bit_exactly() -> None:
             fit(override(halves, {"loop.steps": STEPS - 1}))
             fit(halves, resume=halves.output)
-            expect(_log(halves) == _log(whole), "a resumed run logs different numbers")
+            expect(
+                _log(halves) == _log(whole),
+                "a resumed run logs different numbers; keep state in buffers, not in attributes",
+            )
             one, other = _weights(whole, STEPS), _weights(halves, STEPS)
             expect(all(torch.equal(one[key], other[key]) for key in one), "a resumed run saves different weights")
 
@@ -66,7 +71,7 @@ def _log(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def _weights(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files of a checkpoint."""
+    """Returns all tensors in the safetensors files of the checkpoint at ``step``, by ``<file>/<name>``."""
     found = {}
     for file in sorted((Path(config.output) / f"checkpoint-{step:06d}").glob("*.safetensors")):
         found |= {f"{file.name}/{key}": tensor for key, tensor in load_tensors(file).items()}

@@ -13,14 +13,15 @@ from longalign.sizes import Size
 class TrainerConfig(PartConfig):
     """Base class of trainer configs.
 
-    A trainer is built from built parts, not from their configs: ``from_config(config, runtime, *, ...)`` receives
-    exactly the parts in `built_from`.
+    A trainer uses other parts of its run, which are built first: ``from_config(config, runtime, *, ...)`` receives
+    backbone, encoder and rewards by these names, as far as the following attributes require them.
 
-    The following attributes specify what a trainer requires of a run. They are checked before any file is loaded.
+    The attributes specify what the trainer requires of a run. They are checked before any file is loaded.
 
-    - ``needs``: which of ``backbone`` and ``encoder`` are required; the others must be omitted.
+    - ``needs``: the parts that the run must have: ``"backbone"``, ``"encoder"``, both or none. The run must not have
+      one that is missing here.
     - ``uses_rewards``: whether the trainer uses the run's rewards; otherwise the run must have none.
-    - ``trains_rewards``: whether the rewards are trained.
+    - ``trains_rewards``: whether the trainer changes the weights of the rewards; otherwise they are frozen.
     - ``compares_pairs``: whether the data must have two images of each prompt.
     """
 
@@ -36,7 +37,10 @@ class TrainerConfig(PartConfig):
 
     @property
     def image_sizes(self) -> Mapping[str, Sequence[Size]]:
-        """Sizes of sampled images by the key that sets them; empty for none, or the backbone's native resolution."""
+        """Sizes in pixels of the images that the trainer samples, by the config key that sets them.
+
+        Empty if the trainer samples no images, or samples them at the backbone's native resolution.
+        """
         return {}
 
     @classmethod
@@ -45,7 +49,10 @@ class TrainerConfig(PartConfig):
 
 
 def image_problems(run: Any, caller: str) -> list[ConfigProblem]:
-    """Returns a problem if the data of the `RunConfig` ``run`` has no images; ``caller`` is used in the message."""
+    """Returns ``[("data", message)]`` if the data of the `RunConfig` ``run`` has no images; else an empty list.
+
+    ``caller`` is the name in the message of the part that needs images.
+    """
     if run.data is None or run.data.has_images:
         return []
     return [("data", f"{caller} needs images, but '{run.data.name}' has prompts only; choose data with images")]

@@ -27,7 +27,7 @@ from longalign.trainers.base import Trainer, Wrap
 
 
 class EncodeModule(nn.Module):
-    """Wraps an encoder so that its forward pass is `encode`, as accelerate's wrappers expect."""
+    """Wraps an encoder so that its forward pass is `Encoder.encode`: accelerate's wrappers call the forward pass."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
@@ -38,11 +38,11 @@ class EncodeModule(nn.Module):
 
 
 class DiffusionTrainer(Trainer):
-    """Base class of trainers of a backbone.
+    """Base class of trainers of a backbone's denoiser and, if wanted, of an encoder's adapter.
 
     Args:
         backbone: backbone whose trainable parameters were set by `train_denoiser`.
-        encoder: encodes the prompts; its adapter may be trained.
+        encoder: encodes the prompts. Its adapter consists of the layers after the frozen text models, if it has any.
         train_adapter: whether to train the adapter; otherwise it is frozen.
     """
 
@@ -55,7 +55,7 @@ class DiffusionTrainer(Trainer):
         encoder.train_adapter(train_adapter)
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Wraps the denoiser and the encoder if they have trainable parameters.
+        """Wraps the denoiser and the encoder, each if it has trainable parameters, and returns the wrappers.
 
         The backbone keeps the unwrapped denoiser, so that wrappers and compilers add no prefix to weight names.
         """
@@ -93,10 +93,16 @@ class DiffusionTrainer(Trainer):
         self.backbone.enable_gradient_checkpointing()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes prompts and moves the conditioning to the denoiser's device.
+        """Encodes b prompts and moves the conditioning to the denoiser's device.
 
-        Only the first truncated prompt causes a warning. ``num_truncated`` counts all truncated prompts; it is logged
-        as ``truncated_prompts``.
+        A `TruncationWarning` is issued only for the first batch with a truncated prompt. ``num_truncated`` counts all
+        truncated prompts; it is logged as ``truncated_prompts``.
+
+        Returns:
+            The conditioning, with b rows and without reports.
+
+        Raises:
+            ValueError: if the encoder returns no `Conditioning`.
         """
         with warnings.catch_warnings():
             if self.num_truncated:
@@ -143,7 +149,7 @@ def _set_training(module: nn.Module, mode: bool) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Context manager that sets eval mode on a module and its submodules and restores all modes on exit."""
+    """Context manager: sets eval mode on a module and its submodules, and restores the mode of each on exit."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
@@ -155,9 +161,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:
-    """Adds a trainable LoRA to the backbone, or makes all weights trainable if ``lora`` is None.
+    """Adds a trainable LoRA to the backbone, or makes all weights of the denoiser trainable if ``lora`` is None.
 
-    The LoRA is named ``name``, or ``name-2``, ``name-3``... if that name already exists.
+    A former LoRA is merged. The new one is called ``name``, or ``name-2``, ``name-3`` and so on if that name exists.
     """
     if lora is None:
         backbone.train_all()
@@ -166,12 +172,13 @@ def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> No
 
 
 def batch_latents(backbone: Backbone, batch: Mapping[str, Any], caller: str) -> Tensor:
-    """Samples latents ``(b, c, h, w)`` of a batch's images from the cached or computed VAE posterior.
+    """Samples scaled latents ``(b, c, h, w)`` of a batch's images from the cached or computed posterior of the VAE.
 
     Args:
         backbone: backbone with the VAE.
-        batch: dict with ``image`` ``(b, 3, h, w)`` in [0, 1], or ``posterior`` ``(b, 2c, h, w)``.
-        caller: name used in the error message.
+        batch: dict with ``image`` ``(b, 3, h, w)`` in [0, 1], or with ``posterior`` ``(b, 2c, h, w)``, the output of
+            `Backbone.posterior`.
+        caller: name of the trainer or setting that needs images, for the error message.
 
     Raises:
         ValueError: if the batch contains neither ``image`` nor ``posterior``.
@@ -192,30 +199,33 @@ def guided_prediction(
     scale: float | Tensor,
     combine: Guide = guide,
 ) -> Tensor:
-    """Calls `longalign.functional.predict_guided` with a denoiser and rows of a conditioning; returns ``(b, c, h, w)``.
+    """Returns predictions ``(b, c, h, w)`` with classifier-free guidance; see `longalign.functional.predict_guided`.
 
     Args:
         denoise: `Backbone.predict` or `Backbone.predict_reference`.
         latents: ``(b, c, h, w)`` noisy latents.
-        timesteps: ``(b,)`` timesteps.
+        timesteps: ``(b,)`` timesteps, indices of the backbone's noise levels.
         conditioning: conditioning of the prompts and, in the last row, of the empty prompt.
-        rows: ``(b,)`` index of the row of ``conditioning`` for each latent.
-        scale: guidance scale, a scalar or ``(b, 1, 1, 1)``.
-        combine: combines the two branches; see `Backbone.guide`.
+        rows: ``(b,)`` for each latent, the index of its prompt's row in ``conditioning``.
+        scale: guidance scale, a scalar or ``(b, 1, 1, 1)``; 1 is the conditional prediction.
+        combine: combines the conditional and the unconditional prediction; see `Backbone.guide`.
     """
     branches = conditioning[torch.cat([rows, torch.full_like(rows, len(conditioning.states) - 1)])]
     return predict_guided(lambda x, t: denoise(x, t, branches), latents, timesteps, scale, combine)
 
 
 def noise_loss(backbone: Backbone, latents: Tensor, conditioning: Conditioning, density: str | None = None) -> Tensor:
-    """Returns the mean squared error of the prediction at random timesteps (arXiv 2006.11239, eq. 14), a scalar.
+    """Returns the diffusion loss: the mean squared error of predictions at random timesteps, a tensor ``()``.
+
+    For noise prediction, this is eq. 14 of arXiv 2006.11239. Timestep and noise are sampled for each latent.
 
     Args:
         backbone: backbone whose denoiser predicts noise, velocity or flow-matching velocity.
-        latents: ``(b, c, h, w)`` clean latents of images.
+        latents: ``(b, c, h, w)`` scaled clean latents of images.
         conditioning: conditioning of the captions of the images.
-        density: sampling density of the timesteps; see `sample_timesteps`. None uses ``"logit-normal"`` for
-            flow-matching models and ``"uniform"`` for others.
+        density: sampling density of the timesteps, ``"uniform"`` or ``"logit-normal"``; see
+            `longalign.functional.sample_timesteps`. None uses ``"logit-normal"`` for flow-matching models and
+            ``"uniform"`` for others.
     """
     if density is None:
         density = "logit-normal" if backbone.prediction == "flow" else "uniform"

@@ -1,4 +1,4 @@
-"""Guided predictions of the steps of a rollout, with keys and values of the text computed as rarely as possible."""
+"""Predictions at the sampling steps of a batch, with guidance; keys and values of the text are shared."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ def make_predictions(
     scale: float,
     reference: bool = False,
 ) -> list[Predict]:
-    """Returns the prediction function of each step. Steps with guidance share one function, and so do the others.
+    """Returns for each sampling step a function that predicts with the denoiser.
 
-    The functions accept latents ``(s * b, c, h, w)`` of s steps. The keys and values of the empty prompt are computed
-    once for all images, and calls without gradient reuse those of all prompts, unless they depend on the timestep.
-    Weights and training mode must not change between these calls.
+    A function maps latents ``(s * b, c, h, w)`` and timesteps ``(s * b,)`` to predictions ``(s * b, c, h, w)``; s is
+    the number of steps that one call covers. All steps with guidance have the same function, and so have all steps
+    without guidance.
+
+    The cross-attention's keys and values of the empty prompt are computed once for all images. Calls without gradient
+    also share the keys and values of the prompts, so weights and training mode must not change between these calls.
+    Neither applies to an encoder whose states depend on the timestep.
 
     Args:
-        backbone: the denoiser.
-        conditioning: conditioning of prompts and, if any step is guided, of the empty prompt in the last row.
-        rows: slice of b prompts.
+        backbone: backbone with the denoiser.
+        conditioning: conditioning of prompts and, if any step has guidance, of the empty prompt in the last row.
+        rows: slice of the prompts in ``conditioning``, with b prompts.
         guided: for each step, whether it has classifier-free guidance.
-        scale: guidance scale.
-        reference: whether the reference model predicts, instead of the trained one.
+        scale: guidance scale of these steps.
+        reference: whether the reference model predicts, which is the model before training, instead of the trained one.
     """
     denoise, project = backbone.predict, backbone.project_text
     if reference:
@@ -52,7 +56,7 @@ def make_predictions(
     selected = cache(lambda copies, is_guided: projected()[index(copies, is_guided)])
 
     def text(latents: Tensor, is_guided: bool) -> Conditioning:
-        """Returns the conditioning of the prompts for each step and, with guidance, of as many empty prompts."""
+        """Returns the conditioning of the prompts, once for each step in ``latents``, then of as many empty prompts."""
         copies = len(latents) // count
         if torch.is_grad_enabled():  # each call has a graph of its own
             return project(conditioning[used])[index(copies, is_guided)]

@@ -15,11 +15,11 @@ from longalign.rewards.base import Reward, Scores, as_reward, guarded
 class RewardList(nn.ModuleList):
     """One or more frozen rewards, whose scores are added with equal weight.
 
-    In training mode, only the `Reward` and `Edit` modules are in training mode, e.g. for random crops and running
-    directions. The networks inside them stay in eval mode.
+    `train` sets training mode on `Reward` modules, e.g. for random crops, and on `Edit` modules, which change a
+    reward's text embedding. The networks inside them stay in eval mode.
 
     Args:
-        rewards: rewards, or functions ``(images, prompts) -> (b,)``.
+        rewards: rewards, or functions ``(images (b, 3, h, w), b prompts) -> scores (b,)``.
 
     Raises:
         ValueError: if there are no rewards.
@@ -37,7 +37,13 @@ class RewardList(nn.ModuleList):
         return self
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Returns the summed scores of images ``(b, 3, h, w)`` in [0, 1], with all of their parts.
+        """Returns the summed scores of all rewards as ``total`` ``(b,)``, and their named components as ``parts``.
+
+        With several rewards, ``<i>/reward`` is the score of reward i, and names of its components start with ``<i>/``.
+
+        Args:
+            images: ``(b, 3, h, w)`` in [0, 1].
+            prompts: one for each image.
 
         Raises:
             NonFiniteReward: if a score is not finite.

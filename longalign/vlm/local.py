@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longalign.caching.fingerprint import fingerprint
-from longalign.checkpoints.weights import load_pretrained
+from longalign.files.fingerprint import fingerprint
+from longalign.files.weights import load_pretrained
 from longalign.functional.images import at_least_float32
 from longalign.hub import download_problem
 from longalign.runtime import Runtime, resolve_checkpoint

@@ -10,7 +10,7 @@ import torch
 import yaml
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from longalign import Model, condition, load_config
+from longalign import ConfigError, Model, condition, load_config
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.flux2.backbone import Flux2Backbone
 from longalign.backbones.qwen_image.backbone import QwenImageBackbone
@@ -21,7 +21,6 @@ from longalign.functional.solvers import sampling_timesteps
 from longalign.inference.sampling import sample
 from longalign.registry import backbones, encoders, trainers
 from longalign.testing import tiny_llm
-from longalign.testing.backbones import check_backbone
 
 PROMPTS = ["A red fox sleeps on a wall. The sky is green.", "A fox."]
 
@@ -143,8 +142,7 @@ def test_backbone_published_numbers(case):
     assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(case.num_parameters, rel=5e-3)
 
 
-def test_backbone_conforms(case, folder):
-    check_backbone(case.config(folder), lora=LoraConfig(rank=2, dropout=0.0))
+def test_backbone_sizes(case, folder):
     backbone = case.build(folder)
     assert backbone.resolution == 32 and backbone.latent_shape() == case.latents and backbone.divisor == case.divisor
     assert len(backbone.add_lora(LoraConfig(rank=2), "lora")) == 2 * case.num_layers
@@ -234,6 +232,18 @@ def test_config_knows_widths_and_sizes(case, folder):
     )  # fmt: skip
     assert config.backbone.widths()[0] == config.encoder.widths()[0] == case.width
     assert config.backbone.divisor == case.divisor and config.backbone.resolution() == 32
+
+
+def test_config_rejects_cuda_graphs_of_calls_that_cannot_be_captured(case, folder):
+    run = {
+        "backbone": case.config(folder), "encoder": case.encoder_config(folder), "trainer": "align",
+        "data": {"name": "scenes", "size": 2}, "loop": {"cuda_graphs": True},
+    }  # fmt: skip
+    if case.name in ("sana", "flux2"):
+        load_config(run)
+    else:
+        with pytest.raises(ConfigError, match=rf"loop\.cuda_graphs: .*'{case.name}' .*; set it to false"):
+            load_config(run)
 
 
 def test_backbone_rejects_states_of_other_width(case, folder):

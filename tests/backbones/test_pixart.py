@@ -5,13 +5,11 @@ import pytest
 import torch
 
 from longalign import condition, load_config
-from longalign.backbones.config import LoraConfig
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import predict_guided
 from longalign.inference.sampling import sample
 from longalign.inference.schedulers import make_scheduler
 from longalign.registry import backbones, encoders, trainers
-from longalign.testing.backbones import check_backbone
 from longalign.testing.tiny import tiny_pixart
 
 LONG = "A red fox sleeps on a wall. The sky is green. A wall is red."
@@ -36,10 +34,6 @@ def test_pixart_published_numbers():
         transformer = diffusers.PixArtTransformer2DModel(caption_channels=4096, use_additional_conditions=False)
     # the position embeddings are a buffer
     assert sum(p.numel() for p in transformer.parameters()) == 610_856_096
-
-
-def test_pixart_conforms(folder):
-    check_backbone({"name": "pixart", "checkpoint": str(folder)}, lora=LoraConfig(rank=2, dropout=0.0))
 
 
 def test_pixart_size_and_first_half_of_the_output(folder, encoder):

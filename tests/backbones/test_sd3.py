@@ -8,17 +8,20 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch.nn.functional import pad
 
 from longalign import condition, load_config
+from longalign.backbones.flow import flow_levels
 from longalign.backbones.lora import lora_targets
-from longalign.backbones.stable_diffusion.sd3 import SD3Backbone, flow_levels
+from longalign.backbones.stable_diffusion.sd3 import SD3Backbone
 from longalign.checkpoints.checkpoint import load_for_sampling, save
 from longalign.checkpoints.diffusers_files import export_lora
 from longalign.checkpoints.publish import export
 from longalign.encoders.base import Conditioning, TruncationWarning
 from longalign.functional.diffusion import guide
+from longalign.functional.solvers import trailing_timesteps
 from longalign.inference.sampling import generate, sample
 from longalign.registry import backbones, encoders, trainers
 from longalign.testing.tiny import tiny_backbone, tiny_sd3
 
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 LONG = "A red fox sleeps on a wall. The sky is green. A wall is red."
 # LoRA target modules of diffusers' script for LoRA training of SD 3
 DIFFUSERS_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -99,6 +102,16 @@ def test_sd3_noise_levels_equal_diffusers_scheduler(backbone):
     schedule = FlowMatchEulerDiscreteScheduler(shift=3.0)
     torch.testing.assert_close(levels.noise.float(), schedule.sigmas.flip(0))
     assert torch.equal(levels.signal + levels.noise, torch.ones(1000, dtype=torch.float64))
+    assert flow_levels({**FLOW, "num_train_timesteps": 4}, "sd3", 0).noise.tolist() == [0.25, 0.5, 0.75, 1]
+
+
+def test_sd3_noise_levels_may_depend_on_the_image_size(backbone):
+    schedule = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    dynamic = SD3Backbone(backbone.denoiser, backbone.vae, {**FLOW, "use_dynamic_shifting": True})
+    schedule.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.5 + (1.15 - 0.5) * (128 - 256) / (4096 - 256))
+    noise = dynamic.levels_at(dynamic.latent_shape(128, 256)).noise[list(trailing_timesteps(4))]
+    torch.testing.assert_close(noise.float(), schedule.sigmas[:-1])
+    assert dynamic.levels_at((16, 8, 8)) is dynamic.noise_levels
 
 
 def test_sd3_encode_and_decode_shift_and_scale(backbone):
@@ -315,13 +328,11 @@ def test_sd3_rejects_wrong_conditioning_vae_or_scheduler(backbone, encoder):
         predict(torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)), predict(torch.zeros(1, 3, 32))
     )
     with pytest.raises(ValueError, match=r"\b16\b.*\b16\b.* VAE has 4"):
-        SD3Backbone(backbone.denoiser, tiny_backbone().vae, backbone.noise_levels)
-    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    assert flow_levels({**flow, "num_train_timesteps": 4}).noise.tolist() == [0.25, 0.5, 0.75, 1]
-    with pytest.raises(ValueError, match=r"'sd3' .*use_dynamic_shifting=True.*'shift'"):
-        flow_levels({**flow, "use_dynamic_shifting": True})
+        SD3Backbone(backbone.denoiser, tiny_backbone().vae, FLOW)
+    with pytest.raises(ValueError, match=r"'sd3' .*invert_sigmas=True"):
+        SD3Backbone(backbone.denoiser, backbone.vae, {**FLOW, "invert_sigmas": True})
     with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler.* got 'DDIMScheduler'"):
-        flow_levels({"_class_name": "DDIMScheduler"})
+        SD3Backbone(backbone.denoiser, backbone.vae, {"_class_name": "DDIMScheduler"})
 
 
 def test_sd3_encoder_pads_clip_states_with_zeros(encoder):

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from longalign.caching import precompute as caching
-from longalign.caching.fingerprint import fingerprint, fingerprints
-from longalign.caching.store import StaleCache, Store, key_of
 from longalign.cli.main import main
 from longalign.compose import build_from_config
 from longalign.config.changes import override
@@ -25,10 +23,12 @@ from longalign.encoders.cached import CachedEncoder, entries, prompt_key
 from longalign.encoders.config import EncoderConfig
 from longalign.encoders.t5.config import AdapterConfig
 from longalign.errors import ConfigError
+from longalign.files.fingerprint import fingerprint, fingerprints
+from longalign.files.locks import Lock
+from longalign.files.store import StaleCache, Store, key_of
 from longalign.image_io import write_png
 from longalign.inference.sampling import load_model
 from longalign.loop.fit import fit
-from longalign.loop.locks import Lock
 from longalign.registry import Part, encoders
 from longalign.runtime import Runtime
 from longalign.testing.tiny import tiny_adapter, tiny_sd, tiny_sdxl, tiny_t5

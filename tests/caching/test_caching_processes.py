@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from longalign.caching import precompute as caching
-from longalign.caching import store
 from longalign.compose import build_from_config
 from longalign.config.changes import override
 from longalign.config.run import load_config, to_yaml
 from longalign.data.cached import UNREADABLE, read_items
+from longalign.files import store
 from longalign.image_io import write_png
 from longalign.runtime import Runtime
 from longalign.testing.tiny import tiny_sd

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from longalign.backbones.config import LoraConfig
 from longalign.checkpoints import checkpoint, diffusers_files
 from longalign.compose import build_from_config
-from longalign.config.files import read_metadata
 from longalign.config.run import load_config
 from longalign.errors import ConfigError
+from longalign.files.paths import read_metadata
 from longalign.inference.sampling import load_model, sample
 from longalign.registry import backbones, encoders
 from longalign.runtime import Runtime
@@ -191,7 +191,7 @@ def test_save_failing_keeps_old_file(world, tmp_path, monkeypatch):
         Path(target).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("longalign.checkpoints.weights.save_file", fail)
+    monkeypatch.setattr("longalign.files.weights.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         saved(composition, tmp_path / "c")
     assert path.read_bytes() == before

@@ -20,11 +20,11 @@ from longalign.checkpoints.cards import model_card
 from longalign.checkpoints.checkpoint import Weights, load_for_sampling, save
 from longalign.checkpoints.upload import push_to_hub
 from longalign.cli.main import main
-from longalign.config.files import find_checkpoint
 from longalign.config.run import load_config, to_dict
 from longalign.encoders.base import Conditioning
 from longalign.encoders.t5.adapter import TextAdapter
 from longalign.evaluation.table import MetricTable
+from longalign.files.paths import find_checkpoint
 from longalign.metrics import Value
 from longalign.testing.tiny import tiny_adapter, tiny_sd, tiny_t5
 

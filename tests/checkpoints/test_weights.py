@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longalign import atomic
-from longalign.checkpoints import weights
-from longalign.checkpoints.weights import load_pickle, load_tensors, reading, save_tensors
+from longalign.files import atomic, weights
+from longalign.files.weights import load_pickle, load_tensors, reading, save_tensors
 
 
 class Payload:

@@ -16,6 +16,7 @@ from longalign.backbones.config import LoraConfig
 from longalign.cli import parser
 from longalign.cli.main import COMMANDS, main
 from longalign.config.run import RunConfig, load_config, to_yaml
+from longalign.config.solvers import SOLVERS
 from longalign.data.scenes.config import SyntheticConfig
 from longalign.directions import compute
 from longalign.encoders.t5.config import T5Config
@@ -23,7 +24,6 @@ from longalign.evaluation import scoring
 from longalign.image_io import write_png
 from longalign.inference import baselines
 from longalign.inference import sampling as pipeline
-from longalign.inference.solvers import SOLVERS
 from longalign.loop import run as loop
 from longalign.registry import rewards, trainers
 from longalign.rewards.base import EmbeddingReward

@@ -17,9 +17,9 @@ from longalign import hub
 from longalign.checkpoints.checkpoint import load_for_sampling
 from longalign.config.changes import override
 from longalign.config.checks import check_files, check_parts
-from longalign.config.files import find_checkpoint
 from longalign.config.run import load_config, to_json
 from longalign.errors import ConfigError
+from longalign.files.paths import find_checkpoint
 from longalign.loop.fit import fit
 from longalign.registry import REGISTRIES, rewards
 from longalign.rewards.config import RewardConfig

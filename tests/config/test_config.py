@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from longalign.config.changes import diff, override, parse_assignments
-from longalign.config.files import checkpoint_file
 from longalign.config.parsing import parse_value
 from longalign.config.run import RunConfig, load_config, to_dict, to_json, to_yaml
 from longalign.config.sections import LoopConfig
 from longalign.errors import ConfigError, redact_url, shorten
+from longalign.files.paths import checkpoint_file
 from longalign.registry import encoders
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.y*ml"))

@@ -17,10 +17,10 @@ from longalign.config.changes import override
 from longalign.data.config import DataConfig
 from longalign.data.images.base import ImageLoader
 from longalign.data.images.folder import Folder
-from longalign.data.lines import inside, read_prompts
 from longalign.data.prompts.prompts import Prompts
 from longalign.data.scenes.config import ScenesConfig
 from longalign.data.scenes.scenes import Scenes
+from longalign.files.lines import inside, read_prompts
 from longalign.mini import oracle
 from longalign.registry import ConfigError, data
 from longalign.runtime import Runtime

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from longalign.cli.main import main
-from longalign.data.lines import read_prompts
 from longalign.evaluation.scoring import score_sentences
+from longalign.files.lines import read_prompts
 from longalign.image_io import write_png
 from longalign.registry import encoders, rewards, segmenters
 from longalign.testing.tiny import tiny_clip, tiny_clip_text, tiny_hpsv2, tiny_sd3, tiny_sdxl, tiny_t5

@@ -32,7 +32,9 @@ def test_t5_pads_to_240_without_mask_by_default(folder):
     assert conditioning.reports[0].segments == ("A red fox.",) and conditioning.reports[1].tokens == ()
 
 
-@pytest.mark.parametrize("settings", [{}, {"mask": True}, {"overflow": "grow"}, {"overflow": "grow", "mask": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"mask": True}, {"mask": "t5"}, {"overflow": "grow"}, {"overflow": "grow", "mask": True}]
+)
 def test_t5_batch_equals_single_prompts(folder, settings):
     encoder = build(folder, max_tokens=20 if "overflow" in settings else 60, max_batch_tokens=130, **settings)
     together = encoder.encode(PROMPTS)
@@ -54,6 +56,14 @@ def test_t5_mask_hides_padding_in_t5_and_conditioning(folder):
     assert torch.allclose(conditioning.states[0, :n], encoder.model(row).last_hidden_state[0], atol=1e-5)
     assert conditioning.states[0, n:].abs().sum() == 0
     assert (build(folder, max_tokens=60).encode(PROMPTS).states[0, :n] - conditioning.states[0, :n]).abs().max() > 1e-3
+
+
+def test_t5_mask_hides_padding_in_t5_only(folder):
+    encoder = build(folder, max_tokens=20, mask="t5")
+    tokens = encoder.tokens.tokenizer(PROMPTS, padding="max_length", max_length=20, return_tensors="pt")
+    conditioning, states = encoder.encode(PROMPTS), encoder.model(**tokens).last_hidden_state
+    assert conditioning.mask is None and torch.allclose(conditioning.states, states, atol=1e-5)
+    assert conditioning.states[1, 1:].abs().min(0).values.sum() > 0
 
 
 def test_t5_overflow(folder):

@@ -7,8 +7,9 @@ import pytest
 from longalign.data.prompts.formats import Prompt
 from longalign.data.prompts.sets import PromptSet, prompts_hash
 from longalign.encoders.counting import count_clip_tokens
-from longalign.evaluation.groups import all_labels, labels, natural_key, token_labels
+from longalign.evaluation.groups import all_labels, labels, token_labels
 from longalign.evaluation.provenance import provenance
+from longalign.names import natural_key
 
 
 def test_count_clip_tokens_includes_start_and_end():

@@ -35,9 +35,9 @@ from transformers import (
 )
 
 from longalign.cli.main import main
+from longalign.config.solvers import SCHEDULER_CLASSES
 from longalign.image_io import load_image, to_tensor
 from longalign.inference import baselines
-from longalign.inference.solvers import SCHEDULER_CLASSES
 from longalign.mini.tokenizers import write_clip_tokenizer
 from longalign.runtime import Runtime
 from longalign.testing.tiny import tiny_sdxl, tiny_t5

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from longalign.config.solvers import SOLVERS
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.functional.diffusion import NoiseLevels, guide, training_target
 from longalign.inference.sampling import generate, sample
 from longalign.inference.schedulers import make_scheduler
-from longalign.inference.solvers import SOLVERS
 
 
 class NumberEncoder(Encoder):

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from longalign.checkpoints import weights
 from longalign.config.changes import override
-from longalign.config.files import checkpoints, step_of
 from longalign.config.run import load_config
-from longalign.loop import folder, locks
+from longalign.files import locks, weights
+from longalign.files.locks import Lock
+from longalign.files.paths import checkpoints, step_of
+from longalign.loop import folder
 from longalign.loop.fit import fit
-from longalign.loop.locks import Lock
 
 
 def run(config, resume=None):

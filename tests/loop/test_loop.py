@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from longalign.backbones.flops import FlopCount
+from longalign.backbones.stable_diffusion.sd import SDBackbone
 from longalign.compose import build_from_config
 from longalign.config.changes import override
 from longalign.config.run import load_config
@@ -290,6 +291,17 @@ def test_log_run_summary(world, tmp_path, caplog):
     assert f"{trainable:,} of " in values["trainable"]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert re.search(r"batch.*\b12\b.*\b10\b", warning)
+
+
+def test_unused_weights_are_frozen_and_logged(world, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(SDBackbone, "unused_modules", r"conv_(in|out)")
+    caplog.set_level("INFO", "longalign")
+    config = override(world.align_config(tmp_path, steps=1), {"trainer.lora": None})
+    trained = world.finished(config)
+    number = sum(p.numel() for p in trained.composition.backbone.denoiser.parameters() if not p.requires_grad)
+    assert number == 2 * (4 * 8 * 9) + 8 + 4
+    (message,) = [message for message in caplog.messages if message.startswith("frozen")]
+    assert f" {number:,} parameters" in message and message.endswith(" conv_in, conv_out")
 
 
 def test_log_run_summary_warns_of_large_model_on_cpu(world, tmp_path, caplog, monkeypatch):

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from longalign.config.changes import override
-from longalign.config.files import checkpoint_file
 from longalign.config.run import load_config
 from longalign.errors import ConfigError
+from longalign.files.paths import checkpoint_file
 from longalign.image_folder import read_images
 from longalign.loop.fit import fit
 from longalign.loop.monitor import Monitor, by_prompt, training_values

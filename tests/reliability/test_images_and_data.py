@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from longalign.data.images.base import UNREADABLE, ImageLoader
-from longalign.data.lines import inside
+from longalign.files.lines import inside
 from longalign.image_folder import read_captions
 from longalign.image_io import FORMATS, load_image
 from longalign.registry import data as data_registry

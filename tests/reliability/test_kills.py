@@ -17,8 +17,8 @@ import pytest
 import torch
 import worlds
 
-from longalign.checkpoints import weights
-from longalign.config.files import checkpoints
+from longalign.files import weights
+from longalign.files.paths import checkpoints
 from longalign.loop.fit import fit
 
 pytestmark = pytest.mark.reliability

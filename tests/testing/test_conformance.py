@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longalign.backbones.config import LoraConfig
+from longalign.backbones.stable_diffusion.sd import SDBackbone
 from longalign.data.scenes.pairs import ScenePairs
 from longalign.registry import REGISTRIES, gradient_steps, rewards
 from longalign.testing import (
@@ -62,8 +63,10 @@ def test_check_data_names_failures(monkeypatch):
         check_data({"name": "scene-pairs", "size": 4})
 
 
-def test_check_backbone_sd(tmp_path):
-    check_backbone({"name": "sd", "checkpoint": str(tiny_sd(tmp_path))}, lora=LoraConfig(rank=2, dropout=0.0))
+def test_check_backbone_names_weights_without_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(SDBackbone, "call", lambda self, denoiser, latents, *_: denoiser.conv_in(latents))
+    with pytest.raises(AssertionError, match=r"'unused_modules': time_embedding\.linear_1\.weight, "):
+        check_backbone({"name": "sd", "checkpoint": str(tiny_sd(tmp_path))}, lora=LoraConfig(rank=2, dropout=0.0))
 
 
 def test_check_trainer_align(tmp_path):

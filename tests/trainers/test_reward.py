@@ -227,7 +227,7 @@ def test_step_gradient_of_edited_rewards_equals_autograd(double, tmp_path, edit,
     [
         {"replay_batch": 3},
         {"gradient_steps": steps("all", detach=False), "solver": "dpm++"},
-        {"gradient_steps": steps("draft-lv", copies=1), "dropout_steps": "chosen"},
+        {"gradient_steps": steps("draft-lv", copies=1), "dropout_steps": "gradient"},
     ],
     ids=["replay-batch", "undetached", "copies"],
 )
@@ -267,7 +267,7 @@ def test_kept_graphs_save_calls_up_to_their_memory():
     assert counts == {"recompute": 6, "keep": 4, 1e-9: 5, 1.0: 4}
 
 
-@pytest.mark.parametrize(("dropout_steps", "projections"), [("all", 1), ("chosen", 2)])
+@pytest.mark.parametrize(("dropout_steps", "projections"), [("all", 1), ("gradient", 2)])
 def test_rollout_computes_keys_of_text_once(dropout_steps, projections):
     """Once for all four calls, for three prompts and the empty one; and in each of the two replayed calls."""
     trainer, rows = build(dropout_steps=dropout_steps), []
@@ -331,16 +331,16 @@ def test_metrics_include_parts_and_sum_several_rewards():
     assert torch.isclose(both["0/text_relevant"], losses["text_relevant"])
 
 
-def test_dropout_steps_all_and_chosen():
+def test_dropout_steps_all_and_gradient():
     active = {}
-    for dropout_steps in ("all", "chosen"):
+    for dropout_steps in ("all", "gradient"):
         trainer = build(lora=LORA, dropout_steps=dropout_steps)
         modes = active[dropout_steps] = []
         layer = next(m for m in trainer.backbone.denoiser.modules() if hasattr(m, "lora_A"))
         layer.register_forward_hook(lambda m, i, o, modes=modes: modes.append(m.lora_dropout["reward"].training))
         gradient(trainer)
     assert active["all"] == [True] * 6
-    assert active["chosen"] == [False, False, True, True, True, True]
+    assert active["gradient"] == [False, False, True, True, True, True]
 
 
 @pytest.mark.parametrize("lora", [NO_DROPOUT, None])

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-from einops import repeat
 from torch import Tensor
 
 from longalign.backbones.latent import LatentBackbone, check_width
@@ -76,8 +75,9 @@ class PixArtBackbone(LatentBackbone):
         if not self.denoiser.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])
-        size = torch.tensor([height, width], dtype=self.denoiser.dtype, device=latents.device)
-        return {
-            "resolution": repeat(size, "size -> b size", b=len(latents)),
-            "aspect_ratio": torch.full_like(size[:1], height / width).expand(len(latents), 1),
-        }
+        # filled on the device: copying a list to it would wait for the device
+        columns = [
+            torch.full((len(latents), 1), value, dtype=self.denoiser.dtype, device=latents.device)
+            for value in (height, width, height / width)
+        ]
+        return {"resolution": torch.cat(columns[:2], dim=1), "aspect_ratio": columns[2]}

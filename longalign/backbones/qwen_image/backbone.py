@@ -40,6 +40,10 @@ class QwenImageBackbone(FlowBackbone):
     """
 
     name = "qwen-image"
+    # all attention layers
+    default_targets = r".*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+    #: mean and standard deviation ``(2, c, 1, 1)`` of the autoencoder's latent
+    statistics: Tensor
 
     def __init__(self, transformer: Any, vae: Any, scheduler: Mapping[str, Any], *, resolution: int):
         config, channels = transformer.config, vae.config.z_dim
@@ -55,9 +59,12 @@ class QwenImageBackbone(FlowBackbone):
                 "the layout of Qwen-Image"
             )
         super().__init__(transformer, vae, scheduler, resolution=resolution)
-        # all attention layers, except those of the last block that only change the text, which is not used after it
-        unused = rf"transformer_blocks\.{config.num_layers - 1}\.attn\.(add_q_proj|to_add_out)"
-        self.default_targets = rf"(?!{unused}$).*\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
+        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std])[..., None, None]
+        # a buffer moves to the device with the backbone; a copy in each call would wait for the device
+        self.register_buffer("statistics", statistics, persistent=False)
+        # those of the last block that only change the text, which is not used after it
+        block = rf"transformer_blocks\.{config.num_layers - 1}"
+        self.unused_modules = rf"{block}\.(attn\.(add_q_proj|norm_added_q|to_add_out)|txt_mlp)"
 
     @classmethod
     def from_config(cls, config: QwenImageConfig, runtime: Runtime) -> QwenImageBackbone:
@@ -77,17 +84,12 @@ class QwenImageBackbone(FlowBackbone):
         return super().decode_pixels(z[:, :, None])[:, :, 0]
 
     def normalize(self, z: Tensor) -> Tensor:
-        mean, std = self._statistics(z)
+        mean, std = self.statistics.to(z)
         return (z - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
+        mean, std = self.statistics.to(latents)
         return latents * std + mean
-
-    def _statistics(self, like: Tensor) -> Tensor:
-        """Returns mean and standard deviation ``(2, c, 1, 1)`` of the autoencoder's latent, with dtype of ``like``."""
-        config = self.vae.config
-        return torch.tensor([config.latents_mean, config.latents_std]).to(like)[..., None, None]
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
         combined = pack(guide(conditional, unconditional, scale))

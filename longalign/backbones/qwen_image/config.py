@@ -12,11 +12,13 @@ class QwenImageConfig(ImageSizeConfig):
 
     Use it with the encoder ``llm``, with the model's checkpoint and prompt template, and ``prefix: none``. As in
     diffusers' pipeline, the guided prediction of each image token is scaled to the norm of the conditional prediction.
-    By default, a LoRA is on all attention layers, except those of the last block that only change the text.
+    By default, a LoRA is on all attention layers. Layers of the last block that only change the text, which is not used
+    after it, are not trained.
     """
 
     target: ClassVar[str] = "longalign.backbones.qwen_image.backbone:QwenImageBackbone"
     has_pooled: ClassVar[bool | None] = False
+    uncapturable: ClassVar[str] = "copies a number from the CPU in each call with a mask"
 
     name: Literal["qwen-image"] = "qwen-image"
     checkpoint: str

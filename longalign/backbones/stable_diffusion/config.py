@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from longalign.backbones.config import DiffusersConfig, TransformerConfig
-from longalign.config.files import check_single_file
 from longalign.errors import ConfigProblem
+from longalign.files.paths import check_single_file
 from longalign.hub import availability_problem, read_json
 
 

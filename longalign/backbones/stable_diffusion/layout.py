@@ -9,8 +9,8 @@ from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from longalign.checkpoints.weights import load_tensors
-from longalign.config.files import join_subfolder
+from longalign.files.paths import join_subfolder
+from longalign.files.weights import load_tensors
 from longalign.runtime import resolve_checkpoint
 
 

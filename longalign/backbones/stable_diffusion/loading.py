@@ -13,8 +13,8 @@ from longalign import hub
 from longalign.backbones.config import DiffusersConfig
 from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
 from longalign.backbones.stable_diffusion.layout import layout_of
-from longalign.checkpoints.weights import load_tensors, reading
-from longalign.config.files import join_subfolder
+from longalign.files.paths import join_subfolder
+from longalign.files.weights import load_tensors, reading
 from longalign.runtime import Runtime, resolve_checkpoint
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor
 
-from longalign.backbones.flow import check_joint_conditioning, flow_levels
-from longalign.backbones.latent import LatentBackbone
+from longalign.backbones.flow import FlowBackbone, check_joint_conditioning
 from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
 from longalign.backbones.stable_diffusion.loading import load_parts
 from longalign.encoders.base import Conditioning
-from longalign.functional.diffusion import NoiseLevels
 from longalign.runtime import Runtime
 
 
-class SD3Backbone(LatentBackbone):
+class SD3Backbone(FlowBackbone):
     """SD3's transformer and VAE.
 
     At timestep t of T, noisy latents are ``(1 - s) x_0 + s n`` with clean latents ``x_0`` and noise ``n``. Here
@@ -27,40 +25,38 @@ class SD3Backbone(LatentBackbone):
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
-        noise_levels: scales of signal and noise at each training timestep; see `flow_levels`.
+        scheduler: config of diffusers' scheduler.
 
     Raises:
-        ValueError: if transformer and VAE have different numbers of channels.
+        ValueError: if transformer and VAE have different numbers of channels, or the scheduler is not supported.
     """
 
-    def __init__(self, transformer: Any, vae: Any, noise_levels: NoiseLevels):
+    name = "sd3"
+
+    def __init__(self, transformer: Any, vae: Any, scheduler: Mapping[str, Any]):
         config, channels = transformer.config, vae.config.latent_channels
         if not config.in_channels == transformer.out_channels == channels:
             raise ValueError(
                 f"the transformer has {config.in_channels} input and {transformer.out_channels} output channels, but "
                 f"the VAE has {channels}; use a text-to-image model in the layout of Stable Diffusion 3"
             )
-        super().__init__(transformer, vae, "flow", noise_levels)
+        self.patch = config.patch_size
+        super().__init__(transformer, vae, scheduler, resolution=None)
 
     @classmethod
     def from_config(cls, config: StableDiffusionConfig, runtime: Runtime) -> SD3Backbone:
         """Loads transformer, VAE and scheduler config from a folder or the Hub."""
-        transformer, vae, constants = load_parts(config, runtime, SD3Transformer2DModel)
-        return cls(transformer, vae, flow_levels(constants)).to(runtime.device)
-
-    @property
-    def divisor(self) -> int:
-        return self.vae_scale_factor * self.denoiser.config.patch_size
+        return cls(*load_parts(config, runtime, SD3Transformer2DModel)).to(runtime.device)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         self.check_conditioning(conditioning)
         assert conditioning.pooled is not None
-        dtype, times = self.denoiser.dtype, len(self.noise_levels) * self.noise_levels.noise
+        dtype = self.denoiser.dtype
         output = denoiser(
             hidden_states=latents.to(dtype),
             encoder_hidden_states=conditioning.states.to(dtype),
             pooled_projections=conditioning.pooled.to(dtype),
-            timestep=times.to(timesteps.device, torch.float32)[timesteps],
+            timestep=len(self.noise_levels) * self.noise_at(latents, timesteps),
             return_dict=False,
         )[0]
         return output.to(latents.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from longalign.backbones.stable_diffusion.config import StableDiffusionConfig
@@ -62,7 +61,8 @@ class SDXLBackbone(SDBackbone):
                 f"SDXL's UNet expects a pooled embedding of width {self.pooled_width} but the encoder gives {got}; "
                 "use the encoder 'clip-segment-sdxl'"
             )
-        height, width = (self.vae_scale_factor * side for side in latents.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
-        time_ids = repeat(sizes, "size -> b size", b=len(latents))
+        # filled on the device: copying a list to it would wait for the device
+        time_ids = torch.zeros(len(latents), 6, device=latents.device)
+        for i, side in enumerate(latents.shape[-2:]):
+            time_ids[:, i::4] = self.vae_scale_factor * side
         return {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(self.denoiser.dtype), "time_ids": time_ids}}

@@ -57,12 +57,6 @@ class ZImageBackbone(FlowBackbone):
         transformer, vae, scheduler = load_parts(config, runtime, ZImageTransformer2DModel)
         return cls(transformer, vae, scheduler, resolution=config.image_size).to(runtime.device)
 
-    def use_cuda_graphs(self) -> None:
-        raise ValueError(
-            "CUDA graphs need inputs of constant shape, but 'z-image' takes prompts of different lengths without "
-            "padding; set loop.cuda_graphs to false"
-        )
-
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         config, dtype = self.denoiser.config, self.denoiser.dtype
         check_width(conditioning, config.cap_feat_dim, transformer="Z-Image's transformer", encoder="llm")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from longalign.backbones.config import ImageSizeConfig
-from longalign.errors import ConfigProblem
 
 
 class ZImageConfig(ImageSizeConfig):
@@ -18,6 +17,7 @@ class ZImageConfig(ImageSizeConfig):
 
     target: ClassVar[str] = "longalign.backbones.z_image.backbone:ZImageBackbone"
     has_pooled: ClassVar[bool | None] = False
+    uncapturable: ClassVar[str] = "takes prompts of different lengths without padding"
 
     name: Literal["z-image"] = "z-image"
     checkpoint: str
@@ -25,13 +25,3 @@ class ZImageConfig(ImageSizeConfig):
 
     def widths(self) -> tuple[int | None, int | None]:
         return self.number_of("cap_feat_dim"), None
-
-    def check_run(self, run: Any) -> list[ConfigProblem]:
-        problems = super().check_run(run)
-        if run.loop.cuda_graphs:
-            problem = (
-                f"CUDA graphs need inputs of constant shape, but '{self.name}' takes prompts of different lengths "
-                "without padding; set it to false"
-            )
-            problems.append(("loop.cuda_graphs", problem))
-        return problems

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from longalign.caching.store import key_of
 from longalign.data.base import Data, check_index
+from longalign.files.store import key_of
 from longalign.image_io import check_regular, decode, read_size, to_tensor
 from longalign.sizes import Size, nearest_bucket
 

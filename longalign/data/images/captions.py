@@ -10,8 +10,8 @@ from typing import Any
 from longalign.data.base import check_index
 from longalign.data.images.base import ImageDataset, Resolution
 from longalign.data.images.config import LongAlignCaptionsConfig
-from longalign.data.lines import OUTCOMES, inside
 from longalign.data.tables.table import caption_from_cell, load_table, table_files
+from longalign.files.lines import OUTCOMES, inside
 from longalign.runtime import Runtime
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 from longalign.data.base import check_index
 from longalign.data.images.base import ImageDataset, Resolution
 from longalign.data.images.config import FolderConfig
-from longalign.data.lines import OUTCOMES, inside, text_of
+from longalign.files.lines import OUTCOMES, inside, text_of
 from longalign.image_folder import read_captions
 from longalign.runtime import Runtime
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longalign.data.lines import inside, read_jsonl, text_of
 from longalign.data.pairs.base import Pair, Pairs, read_pair, select_pairs
 from longalign.data.pairs.config import PairsConfig
+from longalign.files.lines import inside, read_jsonl, text_of
 from longalign.runtime import Runtime
 
 EXAMPLE = '{"image_0": "a.png", "image_1": "b.png", "text": "A red fox.", "label_0": 1, "label_1": 0}'

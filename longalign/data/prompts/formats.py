@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from longalign.data.lines import text_of
+from longalign.files.lines import text_of
 from longalign.segmenters import check_text
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from longalign.data.base import Data, check_index
-from longalign.data.lines import OUTCOMES, read_prompts
 from longalign.data.prompts.config import PromptsConfig
+from longalign.files.lines import OUTCOMES, read_prompts
 from longalign.runtime import Runtime
 
 log = logging.getLogger(__name__)

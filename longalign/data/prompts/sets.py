@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longalign.data.lines import read_csv, read_jsonl, read_prompts, read_text
 from longalign.data.prompts.formats import FORMATS, SETS, Format, Prompt, Row
 from longalign.errors import suggestion
+from longalign.files.lines import read_csv, read_jsonl, read_prompts, read_text
 
 SUFFIXES = (".csv", ".json", ".jsonl")
 

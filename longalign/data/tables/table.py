@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from longalign.data.lines import inside
 from longalign.data.tables.config import TableConfig
+from longalign.files.lines import inside
 from longalign.segmenters import check_text
 
 

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.config.files import check_single_file, join_subfolder
 from longalign.encoders.config import CheckpointConfig, LoadedConfig
 from longalign.errors import ConfigProblem
+from longalign.files.paths import check_single_file, join_subfolder
 from longalign.hub import availability_problem
 from longalign.registry import Part
 from longalign.segmenters import SentenceConfig

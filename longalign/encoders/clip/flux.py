@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import CLIPTextModel, T5EncoderModel
 
-from longalign.config.files import join_subfolder
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.clip.config import ClipSegmentConfig, T5FluxConfig
 from longalign.encoders.clip.segment import ClipSegmentEncoder
 from longalign.encoders.loading import load_text_model
 from longalign.encoders.t5.config import T5Config
 from longalign.encoders.t5.encoder import T5Encoder
+from longalign.files.paths import join_subfolder
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, Segmenter, check_prompts, plain_text
 

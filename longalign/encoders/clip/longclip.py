@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from longalign.checkpoints.weights import load_pickle, load_tensors
 from longalign.encoders.clip.config import LongClipConfig
 from longalign.encoders.clip.truncate import ClipTruncateEncoder
 from longalign.encoders.clip.weights import text_state
 from longalign.encoders.loading import load_frozen_model, load_tokenizer, subfolders
+from longalign.files.weights import load_pickle, load_tensors
 from longalign.hub import find_checkpoint_file
 from longalign.runtime import Runtime, resolve_checkpoint
 

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from longalign.config.files import join_subfolder
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.clip.config import ClipSegmentSD3Config
 from longalign.encoders.clip.sdxl import ClipSegmentSDXLEncoder, load_clip_pair
@@ -18,6 +17,7 @@ from longalign.encoders.concat import join, merge_reports
 from longalign.encoders.loading import load_text_model
 from longalign.encoders.t5.config import T5Config
 from longalign.encoders.t5.encoder import T5Encoder
+from longalign.files.paths import join_subfolder
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, Segmenter
 

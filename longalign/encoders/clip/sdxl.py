@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from longalign.config.files import join_subfolder
 from longalign.encoders.base import Conditioning, Encoder, PromptReport
 from longalign.encoders.clip.config import ClipSegmentSDXLConfig, TwoClipsConfig
 from longalign.encoders.clip.segment import ClipSegmentEncoder, SegmentPlan
 from longalign.encoders.clip.single_file import load_clip_text_model
+from longalign.files.paths import join_subfolder
 from longalign.runtime import Runtime
 from longalign.segmenters import Prompt, Segmenter, check_prompts, plain_text
 

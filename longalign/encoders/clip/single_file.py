@@ -8,10 +8,10 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from longalign.checkpoints.weights import reading
 from longalign.encoders.clip.weights import text_state
 from longalign.encoders.config import CheckpointConfig
 from longalign.encoders.loading import load_frozen_model, load_text_model, load_tokenizer
+from longalign.files.weights import reading
 from longalign.runtime import Runtime, resolve_checkpoint
 
 #: for each text model: prefix of the weights, folder in diffusers layout, and Hub id with config and tokenizer

@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longalign.checkpoints.weights import load_pickle, load_tensors, save_tensors
-from longalign.config.files import join_subfolder
 from longalign.encoders.adapter import Adapter
 from longalign.encoders.t5.config import AdapterConfig
+from longalign.files.paths import join_subfolder
+from longalign.files.weights import load_pickle, load_tensors, save_tensors
 from longalign.hub import find_checkpoint_file
 from longalign.runtime import Runtime, resolve_checkpoint
 

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from longalign.config.files import join_subfolder
 from longalign.encoders.config import LoadedConfig
 from longalign.errors import ConfigProblem
+from longalign.files.paths import join_subfolder
 from longalign.hub import checkpoint_problem, read_json
 from longalign.registry import PartConfig
 
@@ -88,8 +88,10 @@ class T5Config(LoadedConfig):
     ``overflow: grow``, prompts longer than both ``window`` and ``max_tokens`` are encoded in windows of whole
     sentences, so that memory grows linearly with the length.
     """
-    mask: bool = False
-    """whether T5 and the denoiser ignore padding; in the published model, both attend to it."""
+    mask: bool | Literal["t5"] = False
+    """what ignores padding: ``true``: T5 and the denoiser; ``"t5"``: only T5, so that the denoiser reads T5's states of
+    the padding; ``false``: neither, as in the published model.
+    """
 
     def widths(self) -> tuple[int | None, int | None]:
         return self._width_of("d_model") if self.adapter is None else self.adapter.width(), None

@@ -47,7 +47,7 @@ class T5Encoder(Encoder):
         window: maximum number of tokens per forward pass, including the end-of-text token; a value below
             ``max_tokens`` is raised to ``max_tokens``. Attention memory is quadratic in ``window``. T5 was trained with
             512.
-        mask: whether to mask padding in T5 and in the conditioning, whose masked states are zero.
+        mask: True masks padding in T5 and in the conditioning, whose masked states are zero; ``"t5"`` only in T5.
         max_batch_tokens: maximum number of tokens, including padding, per call of the model.
         length_key: the config key that messages about truncation name for ``max_tokens``.
 
@@ -64,7 +64,7 @@ class T5Encoder(Encoder):
         max_tokens: int,
         overflow: Literal["grow", "truncate", "error"],
         window: int,
-        mask: bool,
+        mask: bool | Literal["t5"],
         max_batch_tokens: int,
         length_key: str = "max_tokens",
     ):
@@ -128,7 +128,7 @@ class T5Encoder(Encoder):
         tokenizer = self.tokens.tokenizer
         rows = [[(*text.ids[: self._max_pass_tokens], tokenizer.eos_token_id) for text in passes] for passes in texts]
         lengths = torch.tensor([sum(map(len, prompt_rows)) for prompt_rows in rows])
-        if not self.mask:
+        if self.mask is not True:  # the states of the padding are returned
             rows = [
                 [row + (tokenizer.pad_token_id,) * (self.max_tokens - len(row)) for row in prompt_rows]
                 if len(prompt_rows) == 1
@@ -148,7 +148,7 @@ class T5Encoder(Encoder):
         indices = [torch.cat([torch.arange(len(row)) + next(starts) for row in prompt_rows]) for prompt_rows in rows]
         index = torch.stack(pad_with_last(indices, self.max_tokens))
         conditioning = Conditioning(states[index.to(device)], reports=reports)
-        if self.mask:
+        if self.mask is True:
             mask = (torch.arange(index.shape[1]) < lengths[:, None]).to(device)
             conditioning = replace(conditioning, states=conditioning.states * mask[..., None], mask=mask)
         return conditioning if self.adapter is None else self.adapter.adapt(conditioning)
@@ -157,7 +157,8 @@ class T5Encoder(Encoder):
         return [self._report(passes) for passes in self._texts(prompts)]
 
     def _run(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        mask = attention_mask.long() if self.mask else None
+        # texts contain no padding tokens; rows may be padded already, which attention_mask does not show
+        mask = (ids != self.tokens.tokenizer.pad_token_id).long() if self.mask else None
         return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
     def _texts(self, prompts: Sequence[Prompt]) -> list[list[Tokenized]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longalign.data.lines import read_csv
+from longalign.files.lines import read_csv
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from longalign.config.files import join_subfolder
 from longalign.errors import ConfigProblem
+from longalign.files.paths import join_subfolder
 from longalign.hub import availability_problem, checkpoint_problem
 from longalign.rewards.config import TextMode, TowerRewardConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longalign.checkpoints.weights import load_pretrained
+from longalign.files.weights import load_pretrained
 from longalign.rewards.clip.config import ClipLikeConfig
 from longalign.rewards.clip.towers import ClipTowers
 from longalign.rewards.pretrained import check_tokenizer, has_tokenizer, image_statistics

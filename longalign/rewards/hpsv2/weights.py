@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longalign.checkpoints.weights import load_pickle
+from longalign.files.weights import load_pickle
 from longalign.hub import download_problem
 from longalign.runtime import resolve_checkpoint
 

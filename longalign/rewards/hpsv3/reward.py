@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longalign.checkpoints.weights import load_tensors
+from longalign.files.weights import load_tensors
 from longalign.functional.images import at_least_float32
 from longalign.rewards.base import Scores
 from longalign.rewards.hpsv3.config import PLACEHOLDER, REWARD_TOKEN, Hpsv3Config

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longalign.checkpoints.weights import load_pretrained
+from longalign.files.weights import load_pretrained
 from longalign.rewards.hpsv3.config import WEIGHTS
 from longalign.rewards.pretrained import find_optional_file
 from longalign.runtime import Runtime, resolve_checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longalign.checkpoints.weights import load_pickle
+from longalign.files.weights import load_pickle
 from longalign.rewards.pretrained import find_optional_file
 from longalign.runtime import resolve_checkpoint
 

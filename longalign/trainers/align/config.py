@@ -22,7 +22,9 @@ class AlignConfig(TrainerConfig):
     train_adapter: bool = True
     """whether to also train the encoder's adapter, if the encoder has one."""
     caption_dropout: float = Field(0.1, ge=0, le=1)
-    """fraction of captions replaced by the empty prompt, which classifier-free guidance requires."""
+    """probability that a caption is replaced by the empty prompt. Classifier-free guidance requires a model that was
+    trained with the empty prompt.
+    """
     timesteps: Literal["uniform", "logit-normal"] | None = None
     """sampling density of the training timesteps: ``"uniform"``, or ``"logit-normal"``, with more samples at
     middle noise levels (arXiv 2403.03206, section 3.1). null: logit-normal for flow-matching models, uniform for

@@ -21,9 +21,10 @@ class AlignTrainer(DiffusionTrainer):
     Args:
         backbone: backbone whose trainable parameters are already set.
         encoder: encodes the captions.
-        caption_dropout: fraction of captions replaced by the empty prompt.
-        train_adapter: whether to train the encoder's adapter.
-        timesteps: sampling density of the timesteps; see `noise_loss`.
+        caption_dropout: probability that a caption is replaced by the empty prompt, from 0 to 1.
+        train_adapter: whether to train the encoder's adapter, if it has one.
+        timesteps: sampling density of the timesteps, ``"uniform"`` or ``"logit-normal"``. None selects the default of
+            `longalign.trainers.diffusion.noise_loss`.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class AlignTrainer(DiffusionTrainer):
     def from_config(
         cls, config: AlignConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder
     ) -> AlignTrainer:
-        """Adds the LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer."""
+        """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer."""
         train_denoiser(backbone, config.lora, "align")
         return cls(
             backbone,

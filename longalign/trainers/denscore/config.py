@@ -31,13 +31,13 @@ class DenscoreTrainerConfig(TrainerConfig):
     """
     preference_weight: float = Field(1.0, ge=0)
     """factor of PickScore's preference loss (arXiv 2305.01569, section 3); 0 disables the loss. It is the KL divergence
-    from the annotated preference of a pair to the softmax of the two scores. With ``text: segments`` the score is the
-    mean over segments.
+    from the annotated preference between the two images of a pair to the softmax of their scores. With ``text:
+    segments``, the score of an image is the mean over the segments of the text.
     """
     contrastive_weight: float = Field(0.5, ge=0)
-    """factor of a contrastive loss over segments: each segment must retrieve the image that it describes among all
-    images of the batch. With captions, the segments of each image's caption have that image as target. Without
-    captions, the segments of a prompt have both images of the pair as targets, weighted by preference. 0 disables the
+    """factor of a contrastive loss over segments, the sentences of a text: each segment must retrieve the image that it
+    describes among all images of the batch. If the data has captions, the target of a caption's segments is its image.
+    Otherwise the targets of a prompt's segments are both images of the pair, weighted by preference. 0 disables the
     loss.
     """
 

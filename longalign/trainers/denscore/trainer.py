@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longalign.config.files import REWARD
+from longalign.files.paths import REWARD
 from longalign.functional import preference
 from longalign.runtime import Runtime
 from longalign.trainers.base import Backward, Trainer, Wrap
@@ -27,18 +27,18 @@ MAX_SCALE = 100.0
 
 
 class Embed(nn.Module):
-    """Computes all embeddings of a reward in one forward pass, as accelerate's wrappers expect."""
+    """Computes all embeddings of a CLIP reward in one forward pass, which is what accelerate's wrappers call."""
 
     def __init__(self, reward: TowerReward):
         super().__init__()
         self.reward = reward
 
     def forward(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor, list[list[str]], Tensor]:
-        """Embeds images ``(b, 3, h, w)`` in [0, 1] and the segments of all texts.
+        """Embeds images ``(b, 3, h, w)`` in [0, 1] and the segments of all texts, e.g. their sentences.
 
         Returns:
-            Unit embeddings ``(b, d)`` of the images, unit embeddings ``(m, d)`` of all m segments, the segments of each
-            text, and the inverse temperature ``()``.
+            Unit embeddings ``(b, d)`` of the images, unit embeddings ``(m, d)`` of the m segments of all texts, the
+            segments of each text as strings, and the inverse temperature ``()``.
         """
         embeddings, segments = self.reward.segment_features(texts)
         return self.reward.image_features(images), embeddings, segments, self.reward.towers.logit_scale.exp()
@@ -47,13 +47,14 @@ class Embed(nn.Module):
 class DenscoreTrainer(Trainer):
     """Trains a reward to predict which of two images of a prompt is preferred, and which image each segment describes.
 
-    The preference loss compares the reward's scores. With ``text: segments``, the score is the mean over segments of
-    the cosine similarity with the image. Both losses are computed over the batches of all processes. For the same
-    global batch, the result therefore does not depend on the number of processes.
+    The preference loss compares the scores of the two images. With the reward's setting ``text: segments``, a score is
+    the mean over the text's segments of the cosine similarity with the image. The contrastive loss compares segments
+    with all images of the batch. Both losses are computed over the batches of all processes together, so the gradient
+    of a global batch does not depend on the number of processes.
 
     Args:
-        reward: a reward with a CLIP model. The trainer sets the trainable parameters.
-        runtime: runtime for communication between processes.
+        reward: a reward with a CLIP model, whose trainable parameters are set here.
+        runtime: device, and communication between processes.
         train: trainable parameters: ``"all"``, one tower (``"text"`` or ``"vision"``), or only the ``"projections"``.
         preference_weight: factor of ``preference_loss``; 0 disables it.
         contrastive_weight: factor of ``contrastive_loss``; 0 disables it.
@@ -104,7 +105,7 @@ class DenscoreTrainer(Trainer):
         self.reward.towers.enable_gradient_checkpointing()
 
     def save(self, folder: Path) -> None:
-        """Saves ``reward/``, a transformers ``CLIPModel`` with processor, from which rewards can be loaded."""
+        """Saves the trained reward to ``reward/`` in ``folder``, as a transformers ``CLIPModel`` with processor."""
         self.reward.save(folder / REWARD)
 
     @torch.no_grad()
@@ -118,11 +119,14 @@ class DenscoreTrainer(Trainer):
         Metrics:
 
         - ``agreement``: fraction of pairs whose preferred image scores higher; a pair without preference counts half.
-        - ``r_at_1``: fraction of texts that score highest with the matching image. Candidates are all images of the
-          batch for captions, and the preferred images for prompts.
-        - ``segment_r_at_1``: like ``r_at_1``, for single segments instead of the mean over segments.
-        - ``eta``: mean projection of the prompts' embeddings onto their common direction.
+        - ``r_at_1``: fraction of texts that score highest with the matching image. For captions, the candidates are all
+          images of the batch. For prompts, the candidates are the preferred images, one of each pair.
+        - ``segment_r_at_1``: like ``r_at_1``, but for single segments instead of the mean over a text's segments.
+        - ``eta``: mean dot product of the prompts' embeddings with their common direction, the normalized mean of these
+          embeddings (LongAlign, section 4).
         - ``scale``: inverse temperature.
+
+        The losses are ``preference_loss`` and ``contrastive_loss``, multiplied by their weights.
 
         Args:
             batch: dict with b texts ``prompt``, images ``image`` ``(b, 2, 3, h, w)`` in [0, 1], and ``preference``
@@ -180,7 +184,7 @@ class DenscoreTrainer(Trainer):
         return out
 
     def segment_hashes(self, segments: Sequence[str]) -> Tensor:
-        """Returns the hashes of n segments, int64 ``(n,)``."""
+        """Returns 64-bit hashes of n texts, int64 ``(n,)``, with which equal segments are found in all processes."""
         hashes = [int.from_bytes(blake2b(s.encode(), digest_size=8).digest(), signed=True) for s in segments]
         return torch.tensor(hashes, device=self.runtime.device)
 
@@ -189,7 +193,7 @@ class DenscoreTrainer(Trainer):
         return super().step(batch, lambda total: backward(self.runtime.world_size * total))
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Gathers rows ``(n, ...)`` of all processes; n may differ. Only the local rows have gradient."""
+        """Concatenates the rows ``(n, ...)`` of all processes; n may differ. Only this process's rows have gradient."""
         counts = self.runtime.gather(torch.tensor([len(local)], device=local.device)).tolist()
         padded = local.new_zeros((max(counts), *local.shape[1:]))
         padded[: len(local)] = local.detach()
@@ -200,17 +204,23 @@ class DenscoreTrainer(Trainer):
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns the mean KL divergence over rows between ``target`` and the softmax of ``logits``, ``(n, m)`` each.
+    """Returns the KL divergence from ``target`` to the softmax of ``logits``, averaged over rows.
 
-    Rows of ``target`` sum to 1. With m = 2 images per row, this is PickScore's loss (arXiv 2305.01569, section 3).
+    With two images per row, this is PickScore's loss (arXiv 2305.01569, section 3).
+
+    Args:
+        logits: ``(n, m)``.
+        target: ``(n, m)`` probabilities; each row sums to 1.
     """
     return F.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
 
 
 def pairwise_accuracy(scores: Tensor, preferences: Tensor) -> Tensor:
-    """Returns the fraction of pairs whose ``scores`` ``(b, 2)`` agree with ``preferences`` ``(b,)``.
+    """Returns the fraction of pairs whose preferred image has the higher score, a tensor ``()``.
 
-    Pairs without a preference (0.5) count half.
+    Args:
+        scores: ``(b, 2)`` scores of the two images of each pair.
+        preferences: ``(b,)`` fraction of annotators who prefer the first image. Pairs with 0.5 count half.
     """
     correct = (scores[:, 0] > scores[:, 1]) == (preferences > 0.5)
     return torch.where(preferences == 0.5, 0.5, correct.float()).mean()

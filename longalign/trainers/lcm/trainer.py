@@ -20,15 +20,16 @@ from longalign.trainers.lcm.config import LCMConfig
 
 
 class LCMTrainer(DiffusionTrainer):
-    """Trains the denoiser to predict the same endpoint from any point of a teacher trajectory (self-consistency).
+    """Trains the denoiser to predict the same image from any point of a sampling trajectory of the teacher.
 
-    The teacher takes one guided DDIM step from a noised image. The student's consistency function at the start of this
-    step is trained to match the value at the end (LCM, algorithm 1). As in LCM-LoRA (arXiv 2311.05556), guidance is
-    distilled into the weights, and the student is not conditioned on the guidance scale. The denoiser therefore needs
-    no additional input, and any LCM sampler can be used.
+    The teacher takes one guided DDIM step from a noised image. The student's consistency function, which maps a noisy
+    latent to a clean one, is trained to give at the start of this step what it gives at the end (LCM, algorithm 1).
 
-    The teacher is the reference model: the model in ``init_from`` with LoRAs merged. The encoder is frozen, because
-    teacher and student share it.
+    As in LCM-LoRA (arXiv 2311.05556), guidance is distilled into the weights, and the student is not conditioned on the
+    guidance scale. The denoiser therefore needs no additional input, and any LCM sampler can be used.
+
+    The teacher is the reference model: the backbone before training, with its LoRAs merged. The encoder is frozen,
+    because teacher and student share it.
 
     Args:
         backbone: backbone with trainable parameters already set, and with a reference model.
@@ -37,9 +38,10 @@ class LCMTrainer(DiffusionTrainer):
             teacher takes one of these steps.
         start_timesteps: timesteps at which the teacher may start: ``"all"`` timesteps from half a DDIM step upwards, or
             only those of the ``"ddim"`` steps.
-        w_min: minimum guidance w. The scale is 1 + w, with w sampled per image, uniformly from w_min to w_max.
+        w_min: minimum guidance w of the teacher, whose guidance scale is 1 + w. w is sampled for each image, uniformly
+            from w_min to w_max.
         w_max: maximum guidance w.
-        huber_c: c of the pseudo-Huber loss ``sqrt(d^2 + c^2) - c``, or None for the squared error.
+        huber_c: c of the pseudo-Huber loss ``sqrt(d^2 + c^2) - c`` of the difference d; None for ``d^2``.
         ema_decay: decay of the moving average of the student, with which the target is computed. None computes the
             target with the student.
         timestep_scaling_factor: factor of the timestep in the boundary condition ``f(x, 0) = x``; see
@@ -110,7 +112,10 @@ class LCMTrainer(DiffusionTrainer):
         return super().fsdp_module(precision)
 
     def steps_of(self, levels: NoiseLevels) -> tuple[LinearSteps, LinearSteps]:
-        """Returns the consistency function and the teacher's step. They are computed once for each object."""
+        """Returns the consistency function and the teacher's DDIM step for noise levels; see `LinearSteps`.
+
+        They are computed once for each object ``levels``.
+        """
         for known, consistency, solve in self._steps:
             if known is levels:
                 return consistency, solve
@@ -138,11 +143,11 @@ class LCMTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def target(self, noisy: Tensor, start: Tensor, conditioning: Conditioning, guidance: Tensor) -> Tensor:
-        """Evaluates the consistency function after one guided step of the teacher; returns ``(b, c, h, w)``.
+        """Returns the training target ``(b, c, h, w)``: the consistency function after one guided step of the teacher.
 
         Args:
-            noisy: ``(b, c, h, w)`` latents.
-            start: ``(b,)`` timesteps of the latents.
+            noisy: ``(b, c, h, w)`` noisy latents, from which the teacher starts.
+            start: ``(b,)`` timesteps of these latents.
             conditioning: conditioning of the b prompts and, in the last row, of the empty prompt.
             guidance: ``(b, 1, 1, 1)`` guidance scales of the teacher.
         """
@@ -156,7 +161,10 @@ class LCMTrainer(DiffusionTrainer):
             return self.consistency(end, earlier, self.predict_target(earlier, end, conditioning[: len(noisy)]).float())
 
     def predict_target(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the prediction like `Backbone.predict`, with the averaged weights if ``ema_decay`` is set."""
+        """Returns the student's prediction; the arguments are those of `Backbone.predict`.
+
+        If ``ema_decay`` is set, the weights are the moving averages.
+        """
         averages = dict(zip(self.names, self.averages(), strict=True))
 
         def denoise(*args: Any, **kwargs: Any) -> Any:
@@ -177,10 +185,12 @@ class LCMTrainer(DiffusionTrainer):
 
 
 class LinearSteps:
-    """Takes solver steps ``a * x + b * o`` for batches with a different timestep per row.
+    """Takes deterministic sampling steps in batches whose rows have different timesteps.
+
+    A step leads from latents x and predictions o to ``a x + b o``, with factors a and b that depend on the timestep.
 
     Args:
-        solvers: one deterministic solver per timestep, of which only the first step is used.
+        solvers: for each timestep from 0, a solver whose first step starts there; its other steps are not used.
     """
 
     def __init__(self, solvers: Sequence[Solver]):
@@ -189,6 +199,12 @@ class LinearSteps:
         self.b = torch.tensor([solver.b[0] for solver in solvers], dtype=torch.float64)
 
     def __call__(self, timesteps: Tensor, latents: Tensor, output: Tensor) -> Tensor:
-        """Takes the step from ``timesteps`` ``(b,)``. Latents, output and result are ``(b, c, h, w)``."""
+        """Returns the latents ``(b, c, h, w)`` after the step.
+
+        Args:
+            timesteps: ``(b,)`` timesteps at which the step starts.
+            latents: ``(b, c, h, w)`` latents at these timesteps.
+            output: ``(b, c, h, w)`` predictions for these latents.
+        """
         a, b = (rearrange(factor.to(latents)[timesteps], "b -> b 1 1 1") for factor in (self.a, self.b))
         return a * latents + b * output

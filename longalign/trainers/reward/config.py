@@ -16,7 +16,7 @@ from longalign.trainers.config import TrainerConfig, image_problems
 
 
 class RewardTrainerConfig(TrainerConfig):
-    """Base class of the configs of `reward` and `lcm-reward`."""
+    """Base class of the configs of `reward` and `lcm-reward`, which fine-tune with the gradient of rewards."""
 
     target: ClassVar[str] = "longalign.trainers.reward.trainer:RewardTrainer"
     uses_rewards: ClassVar[bool] = True
@@ -26,42 +26,48 @@ class RewardTrainerConfig(TrainerConfig):
     train_adapter: bool = False
     """whether to also train the encoder's adapter, if the encoder has one; the paper freezes the adapter."""
     solver: str
-    """the sampler."""
+    """the sampler; each subclass lists the allowed values."""
     num_steps: int = Field(50, ge=1)
     """number of sampling steps."""
     guidance: float = Field(7.5, ge=1)
-    """classifier-free guidance scale; 1 disables guidance. Both branches receive gradient."""
+    """classifier-free guidance scale; 1 disables guidance. The conditional and the unconditional prediction both
+    receive gradient.
+    """
     guidance_interval: tuple[float, float] | None = None
     """guidance only in steps with a noise level above the first and up to the second number (arXiv 2404.07724); null:
-    in all steps. Other steps compute the conditional branch only. The level is the ratio of noise to signal: from 0.03
-    to 14.6 in Stable Diffusion 1.x and XL, where the interval 0.28 to 5.42 contains 37 of 50 steps.
+    in all steps. Steps without guidance compute the conditional prediction only. The level is the ratio of noise to
+    signal: from 0.03 to 14.6 in Stable Diffusion 1.x and XL, where the interval 0.28 to 5.42 contains 37 of 50 steps.
     """
     gradient_steps: Part("gradient_steps") = "grouped-random"
     """which sampling steps receive gradient, and whether the gradient flows through the denoiser's inputs."""
-    dropout_steps: Literal["all", "chosen"] = "all"
-    """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"chosen"``)."""
+    dropout_steps: Literal["all", "gradient"] = "all"
+    """sampling steps at which the LoRA's dropout is active: ``"all"``, or only the gradient steps (``"gradient"``)."""
     resolution: ImageSize | Annotated[tuple[ImageSize, ...], Field(min_length=1)] | None = None
     """size of the samples in pixels: the side of a square, or ``WIDTHxHEIGHT``. From a list such as
     ``[512, 640x384, 384x640]``, each process chooses one size for each batch at random. null: the backbone's native
     resolution.
     """
     denoise_batch: int | None = Field(None, ge=1)
-    """number of images per rollout; null: all. Smaller values save memory."""
+    """number of images that are sampled together; null: all images of the batch. Smaller values save memory."""
     decode_batch: int | None = Field(None, ge=1)
-    """number of images decoded at a time; null: all. Smaller values save memory, but images are decoded twice."""
+    """number of images that are decoded together; null: all images of the batch. Smaller values save memory, but images
+    are decoded a second time in the backward pass.
+    """
     replay_batch: int = Field(1, ge=1)
-    """maximum number of sampling steps with gradient that are recomputed in one call. Values above 1 require a denoiser
-    and LoRA without dropout, and ``gradient_steps`` with detached inputs.
+    """maximum number of sampling steps with gradient that are recomputed in one call of the denoiser. Values above 1
+    require ``replay: recompute``, a denoiser and LoRA without dropout, and ``gradient_steps`` with detached inputs.
     """
     replay: Literal["recompute", "keep"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "recompute"
     """``"recompute"``: denoiser calls with gradient are computed a second time in the backward pass, which needs the
     memory of one call. ``"keep"``: their autograd graphs are kept, which is faster but needs the memory of all calls. A
-    number: graphs are kept while they occupy at most so many GiB; at least one is kept.
+    number: graphs are kept while they occupy at most so many GiB, at least that of one call; all other calls are
+    recomputed.
     """
     regularizer: Literal["none", "kl", "pretraining"] = "none"
-    """loss that limits the drift from the reference model. ``"kl"``: squared difference between the predictions of both
-    models at the sampling steps with gradient. Up to a factor per step, this is the KL divergence of their sampling
-    distributions. ``"pretraining"``: the diffusion loss on the images of the data.
+    """loss that limits the drift from the reference model, which is the model before this training. ``"kl"``: mean
+    squared difference between the predictions of the trained and the reference model at the sampling steps with
+    gradient. Up to a factor per step, this is the KL divergence of their sampling distributions. ``"pretraining"``: the
+    diffusion loss on the images of the data.
     """
     regularizer_weight: float | None = Field(None, gt=0)
     """factor of the regularizer's loss; required with a regularizer, null without one."""
@@ -107,7 +113,7 @@ class RewardTrainerConfig(TrainerConfig):
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """Sizes of the samples; empty for the backbone's native resolution."""
+        """Sizes of the samples in pixels; empty for the backbone's native resolution."""
         values = self.resolution if isinstance(self.resolution, tuple) else (self.resolution,)
         return tuple(parse_size(value) for value in values if value is not None)
 
@@ -150,8 +156,9 @@ class RewardConfig(RewardTrainerConfig):
 class LCMRewardConfig(RewardTrainerConfig):
     """Reward fine-tuning of a consistency-distilled model (LongAlign's LCM variant).
 
-    Like `reward`, but with four sampling steps without guidance, at timesteps 999, 749, 499 and 249 of 1000, and fresh
-    noise between the steps. All steps receive gradient. ``init_from`` must be a model trained by `lcm`.
+    Like `reward`, but by default with four sampling steps without guidance, at timesteps 999, 749, 499 and 249 of 1000.
+    Fresh noise is added between the steps, and all steps receive gradient. The run's ``init_from`` must be a model
+    trained by `lcm`.
     """
 
     name: Literal["lcm-reward"] = "lcm-reward"

@@ -36,13 +36,16 @@ from longalign.trainers.rewards import RewardList
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampling of a slice of the prompts, or one denoising step of a re-noised copy of its samples.
+    """Samples of some prompts of a batch, and the denoiser calls on the way that receive gradient.
+
+    It also stands for a copy of these samples that is noised again and denoised in one step; see
+    `longalign.gradient_steps.base.GradientSteps.copies`.
 
     Attributes:
-        rows: slice of b prompts.
-        solver: its sampling steps.
+        rows: slice of the batch's prompts, with b prompts.
+        solver: the sampling steps that led to ``final``.
         final: ``(b, c, h, w)`` latents to decode.
-        recorded: the network calls to recompute with gradient.
+        recorded: the denoiser calls to recompute with gradient.
     """
 
     rows: slice
@@ -54,33 +57,37 @@ class Rollout:
 class RewardTrainer(DiffusionTrainer):
     """Maximizes rewards of images sampled from the data's prompts.
 
-    Each training step samples without gradient and differentiates ``0.5 (1 - mean score)`` at the final latents. Only
-    the selected denoiser calls are recomputed with gradient; see `longalign.functional.rollout_gradient`. Several
-    rewards are added with equal weight; use the reward `sum` for other weights.
+    Each training step samples images without gradient and differentiates the loss ``0.5 (1 - mean score)`` with respect
+    to the final latents. Only the selected denoiser calls are recomputed with gradient; see
+    `longalign.functional.rollout_gradient`. Several rewards are added with equal weight; use the reward `sum` for other
+    weights.
 
     Args:
         backbone: backbone whose trainable parameters are already set.
         encoder: encodes the prompts.
-        rewards: rewards, or functions ``(images, prompts) -> (b,)``.
-        gradient_steps: selects the steps that receive gradient; see `longalign.gradient_steps.base.GradientSteps`.
+        rewards: rewards, or functions ``(images (b, 3, h, w), b prompts) -> scores (b,)``.
+        gradient_steps: selects the sampling steps that receive gradient, here called gradient steps.
         solver: ``"ddim"``, ``"dpm++"`` or ``"lcm"``; see `longalign.functional.solvers`.
         num_steps: number of sampling steps.
         guidance: classifier-free guidance scale; 1 disables guidance.
-        guidance_interval: noise levels of the steps with guidance, or None for all steps; see `guided_steps`.
-        train_adapter: whether to train the encoder's adapter.
-        dropout_steps: steps at which the denoiser's dropout is active: ``"all"``, or ``"chosen"`` for gradient steps.
-        sizes: height and width of the samples in pixels; each step chooses one at random. None is the backbone's native
-            resolution.
-        denoise_batch: number of images per rollout, or None for all.
-        decode_batch: number of images decoded at a time, or None for all.
-        replay_batch: maximum number of gradient steps recomputed in one call.
-        replay: whether to recompute the calls with gradient, or to keep their graphs; a number is the GiB that kept
-            graphs may occupy.
-        regularizer: ``"none"``, ``"kl"`` or ``"pretraining"``.
-        regularizer_weight: factor of the regularizer.
+        guidance_interval: guidance only in steps with a ratio of noise to signal above the first and up to the second
+            number; None for all steps. See `longalign.functional.diffusion.guided_steps`.
+        train_adapter: whether to train the encoder's adapter, if it has one.
+        dropout_steps: sampling steps at which the denoiser's dropout is active: ``"all"``, or ``"gradient"`` for the
+            gradient steps only.
+        sizes: ``(height, width)`` of the samples in pixels; each training step chooses one at random. None is the
+            backbone's native resolution.
+        denoise_batch: number of images that are sampled together, or None for the whole batch.
+        decode_batch: number of images that are decoded together, or None for the whole batch.
+        replay_batch: maximum number of gradient steps recomputed in one call of the denoiser.
+        replay: ``"recompute"`` recomputes the denoiser calls with gradient, ``"keep"`` keeps their autograd graphs. A
+            number keeps graphs of at most so many GiB, and recomputes all other calls.
+        regularizer: loss that limits the drift from the reference model: ``"none"``, ``"kl"`` or ``"pretraining"``; see
+            `RewardTrainerConfig`.
+        regularizer_weight: factor of this loss; None for ``"none"``.
 
     Raises:
-        ValueError: if there are no rewards.
+        ValueError: if there are no rewards, or no sampling step is in ``guidance_interval``.
     """
 
     multiple_backward = True
@@ -97,7 +104,7 @@ class RewardTrainer(DiffusionTrainer):
         guidance: float,
         guidance_interval: tuple[float, float] | None,
         train_adapter: bool,
-        dropout_steps: Literal["all", "chosen"],
+        dropout_steps: Literal["all", "gradient"],
         sizes: Sequence[tuple[int, int]] | None,
         denoise_batch: int | None,
         decode_batch: int | None,
@@ -158,7 +165,7 @@ class RewardTrainer(DiffusionTrainer):
         )
 
     def use_shape(self, shape: tuple[int, int, int]) -> None:
-        """Sets the latent shape ``(c, h, w)`` of the next samples, with the noise levels and the solver for it."""
+        """Sets the latent shape ``(c, h, w)`` of the next samples, and its noise levels and solver."""
         self.shape, self.levels = shape, self.backbone.levels_at(shape)
         self.solve: Callable[[Sequence[int]], Solver] = partial(
             self._make_solver, self.levels, prediction=self.backbone.prediction
@@ -199,7 +206,7 @@ class RewardTrainer(DiffusionTrainer):
                     # The regularizer's latents are constants, even if the reward's gradient flows through them.
                     outputs = outputs if selected.detach else replay(predict, recorded)
                     weight = self.regularizer_weight * len(outputs) / num_predictions
-                    kl_term = weight * self.kl(outputs, recorded, conditioning, sampled)
+                    kl_term = weight * self.reference_mse(outputs, recorded, conditioning, sampled)
                     scalar, kl_loss = scalar + kl_term, kl_loss + kl_term.detach()
                 backward(scalar)
         # Not through `backward`, which may scale the loss: the accumulated gradient is already scaled.
@@ -223,22 +230,22 @@ class RewardTrainer(DiffusionTrainer):
         rows: slice,
         keep: bool | GraphBudget = False,
     ) -> Iterator[Rollout]:
-        """Samples a slice of the prompts without gradient.
+        """Samples some prompts of a batch without gradient.
 
         Args:
             selected: the gradient steps.
             noise: ``(b, c, h, w)`` initial noise.
-            conditioning: output of `encode_with_uncond`.
-            rows: slice of b prompts.
-            keep: see `rollout`.
+            conditioning: output of `encode_with_uncond` for all prompts of the batch.
+            rows: slice of the batch's prompts, with b prompts.
+            keep: which calls keep their autograd graphs; see `kept_graphs`.
 
         Yields:
-            The rollout of the prompts, then a denoising step for each re-noised copy of the samples.
+            The `Rollout` of the prompts, then one for each copy of the samples that is noised again.
         """
         solver = self.solve(self.solver.timesteps[: selected.length])
         predict = self.predictions(conditioning, rows, solver)
         without_dropout = None
-        if self.dropout_steps == "chosen":
+        if self.dropout_steps == "gradient":
             without_dropout = [self.in_eval_mode(step) for step in self.predictions(conditioning, rows, solver)]
         run = partial(rollout, keep=keep, detach=selected.detach)
         final, recorded = run(predict, noise, solver, selected.steps, without_dropout)
@@ -249,7 +256,11 @@ class RewardTrainer(DiffusionTrainer):
             yield Rollout(rows, last, *run(predict[-1], noisy, last, [0]))
 
     def kept_graphs(self) -> bool | GraphBudget:
-        """Returns which calls with gradient keep their graphs; see `rollout`. A budget is for one step's calls."""
+        """Returns which denoiser calls with gradient keep their autograd graphs in one training step.
+
+        True for all, False for none, or the memory up to which they do; the argument ``keep`` of
+        `longalign.functional.rollout_gradient.rollout`.
+        """
         if isinstance(self.replay, str):
             return self.replay == "keep"
         return GraphBudget(self.replay * 2**30, self.backbone.parameters())
@@ -259,21 +270,22 @@ class RewardTrainer(DiffusionTrainer):
         return torch.randn((count, *self.shape), device=self.backbone.device)
 
     def encode_with_uncond(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes the prompts and, if guidance is enabled, the empty prompt as the last row.
+        """Encodes b prompts and, if guidance is enabled, the empty prompt, in one call with equal padding.
 
-        All are encoded in one call, so that they are padded to the same length.
+        Returns:
+            Conditioning with b rows, and one more for the empty prompt.
         """
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
     def predictions(
         self, conditioning: Conditioning, rows: slice, solver: Solver, reference: bool = False
     ) -> list[Predict]:
-        """Returns the guided predictions for a slice of the prompts at each step; see `make_predictions`.
+        """Returns the prediction function of each sampling step; see `longalign.trainers.prediction.make_predictions`.
 
         Args:
-            conditioning: output of `encode_with_uncond`.
-            rows: slice of b prompts.
-            solver: the steps.
+            conditioning: output of `encode_with_uncond` for all prompts of the batch.
+            rows: slice of the batch's prompts, for which the functions predict.
+            solver: the sampling steps.
             reference: whether the reference model predicts, instead of the trained one.
         """
         guided = guided_steps(self.levels, solver.timesteps, self.guidance_interval)
@@ -281,18 +293,18 @@ class RewardTrainer(DiffusionTrainer):
             guided = [False] * len(solver)
         return make_predictions(self.backbone, conditioning, rows, guided, self.guidance, reference)
 
-    def kl(
+    def reference_mse(
         self, outputs: Tensor, recorded: Sequence[RecordedStep], conditioning: Conditioning, sampled: Rollout
     ) -> Tensor:
-        """Returns the mean squared difference between the model's and the reference model's predictions.
+        """Returns the mean squared difference ``()`` between predictions of the trained and the reference model.
 
-        Up to a factor per step, this is the KL divergence of their sampling distributions.
+        Up to a factor per step, this is the KL divergence of the sampling distributions of the two models.
 
         Args:
-            outputs: the model's predictions at the recorded steps, concatenated.
-            recorded: the recorded steps, with latents and timesteps.
-            conditioning: conditioning of all prompts of the batch.
-            sampled: the rollout that the steps belong to.
+            outputs: ``(r * b, c, h, w)`` predictions of the trained model at r recorded steps, ordered by step.
+            recorded: the r recorded steps, with latents and timesteps.
+            conditioning: output of `encode_with_uncond` for all prompts of the batch.
+            sampled: the rollout to which the steps belong.
         """
         predict = self.predictions(conditioning, sampled.rows, sampled.solver, reference=True)[recorded[0].index]
         latents = torch.cat([step.latents for step in recorded])
@@ -300,7 +312,7 @@ class RewardTrainer(DiffusionTrainer):
         return (outputs - reference).square().mean()
 
     def in_eval_mode(self, predict: Predict) -> Predict:
-        """Returns a prediction without dropout."""
+        """Wraps a prediction function so that it runs in eval mode, i.e. without dropout."""
 
         def predict_in_eval_mode(latents: Tensor, timesteps: Tensor) -> Tensor:
             with evaluating(self.backbone.denoiser):
@@ -309,7 +321,7 @@ class RewardTrainer(DiffusionTrainer):
         return predict_in_eval_mode
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
-        """Decodes final latents ``(b, c, h, w)`` and returns the summed scores with all of their parts."""
+        """Decodes final latents ``(b, c, h, w)`` and returns the summed scores of the rewards, with components."""
         chunks = list(_chunks(len(latents), self.decode_batch))
         if len(chunks) == 1:
             images = self.backbone.decode(latents)
@@ -319,10 +331,10 @@ class RewardTrainer(DiffusionTrainer):
         return self.rewards.score_components(images, prompts)
 
     def latent_gradient(self, loss: Tensor, latents: Tensor) -> Tensor:
-        """Returns the gradient of the loss at the final latents, with loss scaling if any parameter is float16.
+        """Returns the gradient ``(b, c, h, w)`` of a loss ``()`` with respect to the final latents ``(b, c, h, w)``.
 
-        Without scaling, float16 would round the gradient of single pixels to zero. The scale is reduced until the
-        gradient is finite (arXiv 1710.03740, section 3.2).
+        If a parameter is float16, the loss is scaled during this computation: float16 would round the gradient of
+        single pixels to zero. The scale is reduced until the gradient is finite (arXiv 1710.03740, section 3.2).
         """
         half = any(parameter.dtype == torch.float16 for parameter in self.parameters())
         scale = 2.0**16 if half else 1.0
@@ -333,9 +345,10 @@ class RewardTrainer(DiffusionTrainer):
             scale /= 4
 
     def reward_loss(self, scores: Scores) -> dict[str, Tensor]:
-        """Returns the loss and its metrics, averaged over the images.
+        """Returns the loss and metrics by name, each a tensor ``()``.
 
-        The keys are ``reward_loss``, ``0.5 (1 - reward)``; ``reward``, the mean score; and those of `Scores.parts`.
+        ``reward`` is the mean score of the images, ``reward_loss`` is ``0.5 (1 - reward)``, and the other names are
+        those of ``scores.parts``, with their means.
         """
         mean = scores.total.mean()
         parts = {key: value.float().mean() for key, value in scores.parts.items()}

@@ -18,15 +18,16 @@ from longalign_dpo.config import DPOConfig
 
 
 def preference_logits(errors: Tensor, reference_errors: Tensor, beta: float) -> Tensor:
-    """Returns the log-odds ``(b,)`` that the first image is preferred, according to the model.
+    """Returns the log-odds ``(b,)`` that the first image of a pair is preferred, according to the trained model.
 
-    Arguments of the sigmoid in arXiv 2311.12908, eq. 14: ``-beta / 2`` times the change of the first image's error
-    minus that of the second one's, each against the reference model.
+    They are the argument of the sigmoid in arXiv 2311.12908, eq. 14: ``-beta / 2 (c_1 - c_2)``. Here ``c_i`` is the
+    denoising error of the trained model minus that of the reference model for image i, and ``beta / 2`` stands for the
+    paper's ``beta T omega(lambda_t)``.
 
     Args:
-        errors: ``(b, 2)`` mean squared errors of the model's predictions for both images.
-        reference_errors: ``(b, 2)`` the same of the reference model.
-        beta: strength of the divergence.
+        errors: ``(b, 2)`` mean squared errors of the trained model's predictions for the two images.
+        reference_errors: ``(b, 2)`` mean squared errors of the reference model's predictions.
+        beta: strength of the KL divergence from the reference model.
     """
     first, second = (errors - reference_errors).unbind(1)
     return -beta / 2 * (first - second)
@@ -36,14 +37,15 @@ class DPOTrainer(DiffusionTrainer):
     """Makes the denoising error of preferred images smaller than that of rejected ones, relative to a reference model.
 
     Both images of a pair get the same noise and timestep. The loss is the cross-entropy between the annotated
-    preference and that of the model. If all annotators prefer one image, this is Diffusion-DPO's loss; a tie has no
-    gradient at the start.
+    preference and that of the trained model, see `preference_logits`. If all annotators prefer one image, this is
+    Diffusion-DPO's loss. A pair without preference has no gradient at the start of the training.
 
     Args:
         backbone: backbone whose trainable parameters and reference model are already set.
         encoder: encodes the prompts; frozen.
-        beta: strength of the divergence from the reference model.
-        timesteps: sampling density of the timesteps, or None for the default of the backbone's prediction type.
+        beta: strength of the KL divergence from the reference model.
+        timesteps: sampling density of the timesteps, ``"uniform"`` or ``"logit-normal"``. None selects
+            ``"logit-normal"`` for flow-matching models and ``"uniform"`` for others.
     """
 
     def __init__(self, backbone: Backbone, encoder: Encoder, *, beta: float, timesteps: str | None):
@@ -53,22 +55,28 @@ class DPOTrainer(DiffusionTrainer):
 
     @classmethod
     def from_config(cls, config: DPOConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder) -> DPOTrainer:
-        """Adds a LoRA to the backbone, or keeps a copy of its weights and makes all of them trainable."""
+        """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer.
+
+        In the second case, a copy of the weights is kept as the reference model.
+        """
         if config.lora is None:
             backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "dpo")
         return cls(backbone, encoder, beta=config.beta, timesteps=config.timesteps)
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Returns ``dpo_loss`` and metrics.
+        """Returns ``dpo_loss`` and metrics, tensors ``()`` by name.
 
-        - ``accuracy``: fraction of pairs whose preferred image has the smaller change of its error; ties count half.
-        - ``margin``: mean log-odds of the preferred image.
-        - ``preferred_change``: mean change of the error of preferred images. The loss may fall although it rises.
+        The change of an image is the trained model's denoising error for it minus that of the reference model.
+
+        - ``accuracy``: fraction of pairs whose preferred image has the smaller change; pairs without preference count
+          half.
+        - ``margin``: mean log-odds of the preferred image; see `preference_logits`.
+        - ``preferred_change``: mean change of the preferred images. It may rise while the loss falls.
 
         Args:
-            batch: b texts ``prompt``, images ``image`` ``(b, 2, 3, h, w)`` in [0, 1], and ``preference`` ``(b,)``, the
-                fraction of annotators who prefer the first image.
+            batch: dict with b texts ``prompt``, images ``image`` ``(b, 2, 3, h, w)`` in [0, 1], and ``preference``
+                ``(b,)``, the fraction of annotators who prefer the first image.
         """
         backbone, count = self.backbone, len(batch["prompt"])
         latents = backbone.encode_images(batch["image"].flatten(0, 1))

@@ -1,1 +1,1 @@
-"""ELLA as an encoder of longalign."""
+"""The encoder `ella` of longalign (ELLA, arXiv 2403.05135)."""

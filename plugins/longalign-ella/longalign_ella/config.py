@@ -11,33 +11,36 @@ from pydantic import Field, model_validator
 
 
 class ResamplerConfig(PartConfig):
-    """ELLA's resampler, loaded from ``checkpoint`` or newly initialized. The default sizes are the published ones."""
+    """ELLA's resampler, which maps T5's states and a timestep to a fixed number of states.
+
+    It is loaded from ``checkpoint`` or newly initialized. The default sizes are those of the published weights.
+    """
 
     target: ClassVar[str] = "longalign_ella.resampler:Resampler"
 
     name: Literal["ella"] = "ella"
     checkpoint: str | None = None
-    """Hub id, e.g. ``QQGYLab/ELLA``, or a local folder, with the weights in ``file``; null: random weights."""
+    """Hub id, e.g. ``QQGYLab/ELLA``, or local folder that contains ``file``; null: random weights."""
     file: str = "ella-sd1.5-tsc-t5xl.safetensors"
-    """file of the weights in ``checkpoint``."""
+    """name of the safetensors file with the weights in ``checkpoint``."""
     revision: str | None = None
-    """branch, tag or commit of a Hub repository."""
+    """branch, tag or commit of the Hub repository; null: its default branch."""
     in_dim: int = Field(default=2048, ge=1)
     """width of T5's states."""
     width: int = Field(default=768, ge=1)
-    """width of the resampled states, which the denoiser takes."""
+    """width of the resampled states, which must be that of the denoiser's cross-attention."""
     layers: int = Field(default=6, ge=1)
     """number of attention blocks."""
     heads: int = Field(default=8, ge=1)
     """number of attention heads."""
     queries: int = Field(default=64, ge=1)
-    """number of learned queries, which is the number of states of every prompt."""
+    """number of learned queries, and so of resampled states of every prompt."""
     time_channels: int = Field(default=320, ge=2, multiple_of=2)
-    """number of sine and cosine features of a timestep."""
+    """number of sine and cosine features of a timestep, half of them of each kind."""
     time_dim: int = Field(default=768, ge=1)
-    """width of the timestep embedding."""
+    """width of the timestep embedding, which is computed from the sine and cosine features."""
     trainable: bool = True
-    """whether the resampler is trained."""
+    """whether the resampler can be trained; false: its weights are always frozen."""
 
     @model_validator(mode="after")
     def _check(self) -> ResamplerConfig:
@@ -54,16 +57,23 @@ class ResamplerConfig(PartConfig):
 
 
 class EllaConfig(T5Config):
-    """T5's states, resampled to a fixed number of states that depend on the timestep (ELLA, arXiv 2403.05135)."""
+    """Encodes prompts with T5, and resamples its states to a fixed number of states (ELLA, arXiv 2403.05135).
+
+    The resampled states depend on the timestep.
+    """
 
     name: Literal["ella"] = "ella"
     checkpoint: str = Field(default="google/flan-t5-xl", min_length=1)
     adapter: ResamplerConfig | None = ResamplerConfig(checkpoint="QQGYLab/ELLA")
-    """the resampler; null: T5's states, as in a cache."""
+    """the resampler; null: T5's states are not resampled, as when they are computed for a cache."""
     max_tokens: int = Field(default=128, ge=1)
-    """number of T5's states, including the end-of-text token, to which shorter prompts are padded."""
-    mask: bool = True
-    """whether padding is masked in T5 and in the resampler; the authors' demo encodes each prompt without padding."""
+    """number of tokens, including the end-of-text token, to which shorter prompts are padded for T5; ``overflow`` sets
+    what is done with longer ones.
+    """
+    mask: bool | Literal["t5"] = True
+    """what ignores padding: ``true``: T5 and the resampler, which equals the authors' "flexible token length" without
+    padding; ``"t5"``: only T5, their "fixed token length"; ``false``: neither.
+    """
 
     def widths(self) -> tuple[int | None, int | None]:
         return super().widths() if self.adapter is None else (self.adapter.width, None)

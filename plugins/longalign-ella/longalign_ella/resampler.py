@@ -1,4 +1,4 @@
-"""ELLA's timestep-aware resampler (arXiv 2403.05135, section 3.1), with the names of the published weights."""
+"""ELLA's timestep-aware resampler (arXiv 2403.05135, section 3.1); its modules have the names of published weights."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SIZES = {"in_dim", "width", "layers", "heads", "queries", "time_channels", "time
 
 
 class Resampler(Adapter):
-    """Maps T5's states and a timestep to states of learned queries.
+    """Maps T5's states and a timestep to the resampled states of a prompt, one for each learned query.
 
     The queries attend to themselves and to T5's states in each block. The timestep shifts the queries, and scales and
     shifts the input of every layer. All prompts get the same number of states, whatever their length.
 
     Args:
         in_dim: width of T5's states.
-        width: width of the resampled states.
+        width: width of the queries and of the resampled states.
         layers: number of attention blocks.
         heads: number of attention heads.
         queries: number of learned queries.
-        time_channels: number of sine and cosine features of a timestep.
+        time_channels: number of sine and cosine features of a timestep; even.
         time_dim: width of the timestep embedding.
     """
 
@@ -55,7 +55,7 @@ class Resampler(Adapter):
 
     @classmethod
     def from_config(cls, config: ResamplerConfig, runtime: Runtime) -> Resampler:
-        """Loads published or saved weights, or initializes new ones, always in float32.
+        """Loads the weights in ``config.checkpoint``, or initializes new ones without it, in float32.
 
         Raises:
             ValueError: if the file is missing or unreadable, or its weights do not match the sizes of the config.
@@ -78,7 +78,7 @@ class Resampler(Adapter):
         return resampler.float().requires_grad_(config.trainable).to(runtime.device)
 
     def adapt(self, conditioning: Conditioning) -> Conditioning:
-        """Returns T5's conditioning with this resampler, which runs when a timestep is known."""
+        """Returns T5's conditioning together with this resampler, which runs for each timestep of a prediction."""
         return EllaConditioning(
             conditioning.states, conditioning.mask, conditioning.pooled, conditioning.reports, resampler=self
         )
@@ -88,8 +88,8 @@ class Resampler(Adapter):
 
         Args:
             states: ``(b, n, in_dim)`` states.
-            mask: ``(b, n)`` bool, True for states to attend to; None for all.
-            timesteps: ``(b,)`` timesteps.
+            mask: ``(b, n)`` bool, True for states to attend to; None to attend to all.
+            timesteps: ``(b,)`` timesteps, from 0 to 999.
         """
         weight = self.connector.latents
         features = sinusoids(timesteps, self.time_channels).to(weight)
@@ -99,10 +99,10 @@ class Resampler(Adapter):
 
 @dataclass(frozen=True)
 class EllaConditioning(Conditioning):
-    """T5's states, and the resampler that turns them into states at a timestep.
+    """Conditioning with T5's states, which `at` resamples for a timestep.
 
     Attributes:
-        resampler: the resampler.
+        resampler: the resampler, which maps T5's states and the timestep to the states for the denoiser.
     """
 
     resampler: Resampler = field(kw_only=True)
@@ -113,7 +113,7 @@ class EllaConditioning(Conditioning):
 
 
 class Connector(nn.Module):
-    """The learned queries and the blocks in which they attend to the text; arguments as for `Resampler`."""
+    """The learned queries and the blocks in which they attend to T5's states; arguments as for `Resampler`."""
 
     def __init__(self, in_dim: int, width: int, layers: int, heads: int, queries: int, time_dim: int):
         super().__init__()
@@ -123,7 +123,10 @@ class Connector(nn.Module):
         self.perceiver_blocks = nn.ModuleList([Block(width, heads, time_dim) for _ in range(layers)])
 
     def forward(self, states: Tensor, mask: Tensor | None, embedding: Tensor) -> Tensor:
-        """Maps states ``(b, n, in_dim)`` and timestep embeddings ``(b, time_dim)`` to ``(b, queries, width)``."""
+        """Maps T5's states ``(b, n, in_dim)`` and timestep embeddings ``(b, time_dim)`` to ``(b, queries, width)``.
+
+        ``mask`` ``(b, n)`` is True for states to attend to; None attends to all.
+        """
         queries = self.latents + self.time_aware_linear(F.silu(embedding))[:, None]
         text, ignored = self.proj_in(states), None
         if mask is not None:  # attention to the queries themselves is never masked
@@ -134,7 +137,13 @@ class Connector(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention of the queries to themselves and the text, then a feed-forward layer with squared ReLU."""
+    """Attention of the queries to themselves and to T5's states, then a feed-forward layer with squared ReLU.
+
+    Args:
+        width: width of queries and projected states.
+        heads: number of attention heads.
+        time_dim: width of the timestep embedding.
+    """
 
     def __init__(self, width: int, heads: int, time_dim: int):
         super().__init__()
@@ -144,7 +153,14 @@ class Block(nn.Module):
         self.ln_1, self.ln_2, self.ln_ff = (TimeNorm(width, time_dim) for _ in range(3))
 
     def forward(self, queries: Tensor, text: Tensor, ignored: Tensor | None, embedding: Tensor) -> Tensor:
-        """Returns updated queries ``(b, q, width)``; ``ignored`` ``(b, q + n)`` marks keys without attention."""
+        """Returns updated queries ``(b, q, width)``.
+
+        Args:
+            queries: ``(b, q, width)``.
+            text: ``(b, n, width)`` projected states of T5.
+            ignored: ``(b, q + n)`` bool, True for queries, then states, that get no attention; None for none.
+            embedding: ``(b, time_dim)`` timestep embeddings.
+        """
         normed = self.ln_1(queries, embedding)
         keys = torch.cat([normed, self.ln_2(text, embedding)], dim=1)
         queries = queries + self.attn(normed, keys, keys, key_padding_mask=ignored, need_weights=False)[0]
@@ -159,7 +175,12 @@ class SquaredReLU(nn.Module):
 
 
 class TimeNorm(nn.Module):
-    """Layer normalization with shift and scale from the timestep embedding; both are zero in new weights."""
+    """Layer normalization, then a scale and a shift computed from the timestep embedding, initially 1 and 0.
+
+    Args:
+        width: width of the input ``(b, n, width)``.
+        time_dim: width of the timestep embedding ``(b, time_dim)``.
+    """
 
     def __init__(self, width: int, time_dim: int):
         super().__init__()
@@ -173,7 +194,10 @@ class TimeNorm(nn.Module):
 
 
 def sinusoids(timesteps: Tensor, channels: int) -> Tensor:
-    """Returns cosines, then sines, of ``timesteps`` ``(b,)`` at ``channels / 2`` frequencies from 1 to 1/10000."""
+    """Returns features ``(b, channels)`` of timesteps ``(b,)``: cosines, then sines, at ``channels / 2`` frequencies.
+
+    The frequencies fall geometrically from 1 to about 1/10000.
+    """
     half = channels // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=timesteps.device))
     angles = timesteps[:, None].float() * frequencies

@@ -93,14 +93,14 @@ def resampled(state, text, timestep):
     return x
 
 
-def reference_states(encoder, prompts, timesteps):
-    """The states of each prompt at its timestep, each encoded alone by T5."""
+def reference_states(encoder, prompts, timesteps, **padding):
+    """The states of each prompt at its timestep, each encoded alone by T5, without padding by default."""
     state = dict(encoder.adapter.named_parameters())
     rows = []
     for prompt, timestep in zip(prompts, timesteps, strict=True):
-        ids = encoder.tokens.tokenizer(prompt, return_tensors="pt").input_ids
+        tokens = encoder.tokens.tokenizer(prompt, return_tensors="pt", **padding)
         with torch.no_grad():
-            text = encoder.model(input_ids=ids).last_hidden_state[0]
+            text = encoder.model(**tokens).last_hidden_state[0]
         rows.append(resampled(state, text, timestep))
     return torch.stack(rows)
 
@@ -157,6 +157,16 @@ def test_states_and_predictions_equal_reference(composition):
     assert states.shape == (3, SIZES["queries"], SIZES["width"])
     moved = conditioning[torch.tensor([2, 0])].to(dtype=torch.float64)
     close(moved.at(torch.tensor([0, 999])).states, states[[2, 0]])
+
+
+@torch.no_grad()
+def test_states_with_padding_masked_in_t5_only_equal_reference(run_config):
+    encoder = encoders.build({**run_config["encoder"], "mask": "t5"})
+    prompts, timesteps = ["a red fox", ""], [500, 0]
+    states = encoder.encode(prompts).at(torch.tensor(timesteps)).states
+    close(states, reference_states(encoder, prompts, timesteps, padding="max_length", max_length=12))
+    without_padding = reference_states(encoder, prompts, timesteps)
+    assert (states - without_padding).norm() / without_padding.norm() > 1e-3
 
 
 @torch.no_grad()

@@ -22,26 +22,28 @@ from longalign_grpo.trajectories import Trajectories
 class GRPOTrainer(DiffusionTrainer):
     """Makes sampling steps more likely that led to images with an above-average reward for their prompt.
 
-    A step of the sampler is normal with the mean ``a x + b o`` and a known standard deviation; ``o`` is the guided
-    prediction at the latent ``x``. A training step samples ``group_size`` images per prompt without gradient, and
-    computes the prediction again at one trained step at a time, so memory does not depend on their number. Dropout is
-    inactive: sampling and training need the same model.
+    The latent after a sampling step is normally distributed with mean ``a x + b o`` and a known standard deviation.
+    Here ``o`` is the guided prediction at the latent ``x``; a and b are constants of the step. A training step samples
+    ``group_size`` images per prompt without gradient. It then computes the prediction again with gradient, one sampling
+    step at a time, so that memory does not depend on the number of steps. Dropout is inactive, because sampling and
+    training need the same model.
 
     Args:
         backbone: backbone whose trainable parameters are already set.
         encoder: encodes the prompts; frozen.
-        rewards: rewards, or functions ``(images, prompts) -> (b,)``. They need no gradient.
+        rewards: rewards, or functions ``(images (b, 3, h, w), b prompts) -> scores (b,)``. They need no gradient.
         num_steps: number of sampling steps.
-        eta: scale of the fresh noise; see `longalign.functional.ddim`.
+        eta: scale of the noise added in each sampling step, from above 0 to 1; see `longalign.functional.ddim`.
         guidance: classifier-free guidance scale; 1 disables guidance.
-        resolution: size of the samples in pixels, or None for the backbone's native resolution.
-        group_size: images per prompt.
-        train_steps: number of random steps to train, or None for all but the last, which is deterministic.
-        updates: optimizer steps on each rollout.
-        clip_range: limit of the change of the probability ratio.
-        advantage_clip: limit of the absolute advantage.
-        kl_weight: factor of the KL divergence from the reference model.
-        denoise_batch: number of images per call, or None for all.
+        resolution: side of square samples in pixels, or ``"WIDTHxHEIGHT"``. None is the backbone's native resolution.
+        group_size: number of images per prompt.
+        train_steps: number of sampling steps to train, chosen at random; None for all but the last, which is
+            deterministic.
+        updates: number of optimizer steps for each batch of samples.
+        clip_range: probability ratios are clipped to 1 plus or minus this value.
+        advantage_clip: maximum absolute advantage of an image.
+        kl_weight: factor of the KL divergence from the reference model; 0 disables it.
+        denoise_batch: number of images per call of the denoiser or decoder, or None for all.
 
     Raises:
         ValueError: if there are no rewards.
@@ -86,7 +88,7 @@ class GRPOTrainer(DiffusionTrainer):
         """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer.
 
         Raises:
-            ValueError: if rollouts are used several times by several processes.
+            ValueError: if ``config.updates`` is above 1 and there are several processes.
         """
         if config.updates > 1 and runtime.world_size > 1:
             raise ValueError(
@@ -106,11 +108,16 @@ class GRPOTrainer(DiffusionTrainer):
         return self
 
     def step(self, batch: Mapping[str, Any], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Samples, unless the last rollout is to be used again, and calls ``backward`` for each trained step.
+        """Samples images, unless the last ones are used again, and calls ``backward`` for each trained sampling step.
 
-        Returns ``policy_loss`` and, with a KL divergence, ``kl_loss``; ``clip_fraction``, the share of ratios beyond
-        the range; and for a new rollout the mean ``reward`` with its parts, and ``group_std``, the mean standard
-        deviation of the reward within a group.
+        Args:
+            batch: ``{"prompt": list[str]}``; not used if the last samples are used again.
+            backward: computes the gradient of a scalar.
+
+        Returns:
+            Tensors ``()``: ``policy_loss``; ``kl_loss`` with a KL divergence; ``clip_fraction``, the fraction of
+            probability ratios outside the clipping range. For new samples also the mean ``reward``, its named
+            components, and ``group_std``, the standard deviation of the reward within a group, averaged over groups.
         """
         metrics = self.sample(batch["prompt"]) if self.trajectories.is_empty() else {}
         metrics |= self.update(backward)
@@ -120,7 +127,11 @@ class GRPOTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Samples a group of images for each prompt, and stores the trajectories with their advantages."""
+        """Samples a group of images for each prompt, and stores their latents and advantages for `update`.
+
+        Returns:
+            Metrics of the new samples, tensors ``()`` by name; see `step`.
+        """
         repeated = [prompt for prompt in prompts for _ in range(self.group_size)]
         conditioning, chunks = self.conditioning(prompts), self.chunks(len(repeated))
         noise = torch.randn((len(repeated), *self.shape), device=self.backbone.device)
@@ -141,7 +152,11 @@ class GRPOTrainer(DiffusionTrainer):
         return {"reward": scores.total.float().mean(), **parts_of_reward, "group_std": group_std}
 
     def update(self, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Calls ``backward`` on the loss of each trained step of the stored trajectories."""
+        """Calls ``backward`` on the loss of each trained sampling step of the stored samples.
+
+        Returns:
+            Losses and metrics, tensors ``()`` by name; see `step`.
+        """
         stored, device = self.trajectories, self.backbone.device
         conditioning = self.conditioning(stored.prompts)
         latents, advantages = stored.latents.to(device), stored.advantages.to(device)
@@ -177,23 +192,38 @@ class GRPOTrainer(DiffusionTrainer):
         return {"policy_loss": policy_loss, **kl_metric, "clip_fraction": clipped}
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        """Encodes the prompts, each repeated for its group, and with guidance the empty prompt as the last row."""
+        """Encodes the prompts, and repeats each row for the images of its group.
+
+        With guidance, one more row at the end is that of the empty prompt.
+        """
         guided = self.guidance != 1
         encoded = self.encode([*prompts, ""] if guided else prompts)
         rows = [i for i in range(len(prompts)) for _ in range(self.group_size)] + [len(prompts)] * guided
         return encoded[torch.tensor(rows, device=encoded.states.device)]
 
     def predictions(self, conditioning: Conditioning, rows: slice, reference: bool = False) -> list[Any]:
-        """Returns the guided prediction for a slice of the images at each step."""
+        """Returns the prediction function of each sampling step; see `longalign.trainers.make_predictions`.
+
+        Args:
+            conditioning: output of `conditioning` for all prompts.
+            rows: slice of the images, for which the functions predict.
+            reference: whether the reference model predicts, instead of the trained one.
+        """
         guided = [self.guidance != 1] * len(self.solver)
         return make_predictions(self.backbone, conditioning, rows, guided, self.guidance, reference)
 
     def mean(self, predict: Sequence[Any], step: int, latents: Tensor) -> Tensor:
-        """Returns the mean ``(b, c, h, w)`` of the latents after a step."""
+        """Returns the mean ``(b, c, h, w)`` of the distribution of the latents after a sampling step.
+
+        Args:
+            predict: output of `predictions`.
+            step: index of the sampling step, from 0.
+            latents: ``(b, c, h, w)`` latents before the step.
+        """
         timesteps = torch.full((len(latents),), self.solver.timesteps[step], device=latents.device)
         return self.solver.step(step, latents, predict[step](latents, timesteps).to(latents.dtype))[0]
 
     def chunks(self, count: int) -> list[slice]:
-        """Returns the slices of the images of each call."""
+        """Returns slices of ``count`` images, one for each call of the denoiser or decoder."""
         size = self.denoise_batch or count
         return [slice(i, min(i + size, count)) for i in range(0, count, size)]

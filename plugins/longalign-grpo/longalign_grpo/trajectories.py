@@ -1,4 +1,4 @@
-"""The last rollout, which is part of the state of a run."""
+"""Storage of the last samples of the trainer `grpo`, as part of the saved state of a run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 
 class Trajectories(nn.Module):
-    """Sampled trajectories that are still needed for updates, as buffers.
+    """Latents of the last samples at all sampling steps, which are still needed for optimizer steps.
 
-    Buffers are saved with the run, so that a run resumed between two updates uses the same trajectories.
+    They are buffers, which are saved in checkpoints: a run that is resumed between two optimizer steps uses them again.
 
     Attributes:
-        latents: ``(steps + 1, n, c, h, w)`` latents before each sampling step, and the final ones.
-        advantages: ``(n,)``.
-        steps: ``(k,)`` indices of the trained steps.
-        log_probs: ``(k, n)`` log-probabilities of these steps when they were sampled; NaN before the first update.
-        texts: the prompts as JSON in bytes.
-        num_updates: number of updates so far.
+        latents: ``(num_steps + 1, n, c, h, w)`` latents of n images before each sampling step, then the final ones.
+        advantages: ``(n,)`` advantages of the images; see `longalign_grpo.policy.group_advantages`.
+        steps: ``(k,)`` int64 indices of the trained sampling steps.
+        log_probs: ``(k, n)`` log-probabilities of these steps when they were sampled; NaN before the first optimizer
+            step.
+        texts: uint8, the prompts as JSON in UTF-8.
+        num_updates: int64 ``()``, number of optimizer steps with these samples so far.
     """
 
     latents: Tensor
@@ -32,7 +33,7 @@ class Trajectories(nn.Module):
     num_updates: Tensor
 
     def store(self, prompts: Sequence[str], latents: Tensor, advantages: Tensor, steps: Tensor) -> None:
-        """Replaces the trajectories."""
+        """Replaces the stored samples; ``prompts`` has one prompt per group, the other arguments are the attributes."""
         tensors = {
             "latents": latents,
             "advantages": advantages,
@@ -45,20 +46,20 @@ class Trajectories(nn.Module):
             self.register_buffer(name, tensor)
 
     def clear(self) -> None:
-        """Removes the trajectories."""
+        """Removes the stored samples."""
         self._buffers.clear()
 
     def is_empty(self) -> bool:
-        """Whether there are no trajectories."""
+        """Whether no samples are stored."""
         return not self._buffers
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts, one for each group."""
+        """The stored prompts, one for each group of images."""
         return json.loads(bytes(self.texts.tolist()))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        """Replaces the trajectories by those of a checkpoint, which have any shape."""
+        """Replaces the stored samples by those of a checkpoint, which may have different shapes."""
         self.clear()
         for key, tensor in state_dict.items():
             if key.startswith(prefix):

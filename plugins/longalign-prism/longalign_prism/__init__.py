@@ -1,1 +1,1 @@
-"""Composition of predictions for the parts of a prompt, as an encoder of longalign."""
+"""The encoder `prism` of longalign, which composes predictions for the parts of a prompt (arXiv 2604.18258)."""

@@ -10,15 +10,22 @@ from longalign.segmenters import PackedConfig
 
 
 class PrismConfig(EncoderConfig):
-    """Predicts once for each part of a prompt and averages the predictions, as PRISM does (arXiv 2604.18258)."""
+    """Predicts once for each part of a prompt and averages the predictions, as PRISM does (arXiv 2604.18258).
+
+    The parts are pieces of the text, e.g. groups of sentences.
+    """
 
     target: ClassVar[str] = "longalign_prism.encoder:PrismEncoder"
 
     name: Literal["prism"] = "prism"
     inner: Part("encoders") = ClipTruncateConfig()
-    """the encoder of each part. A trainable adapter is trained through the average."""
+    """the encoder that encodes each part as a prompt of its own. If it has a trainable adapter, this receives gradient
+    through the average.
+    """
     segmenter: Part("segmenters") = PackedConfig(n=75)
-    """splits a prompt into its parts; the denoiser is called for each. Its lengths are in tokens of ``inner``."""
+    """splits a prompt into its parts. Its maximum length is in tokens of the encoder ``inner``. The denoiser predicts
+    once for each part, so more parts need more time.
+    """
 
     def gives_pooled(self) -> bool | None:
         return self.inner.gives_pooled()

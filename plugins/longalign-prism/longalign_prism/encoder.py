@@ -19,12 +19,12 @@ from longalign_prism.config import PrismConfig
 
 @dataclass(frozen=True)
 class ComposedConditioning(Conditioning):
-    """Conditioning of b prompts whose prediction is the mean of the predictions for their parts.
+    """Conditioning of b prompts. The prediction for a prompt is the mean of the predictions for its parts.
 
-    Its own ``states`` are empty, ``(b, 0, d)``.
+    The inherited ``states`` are empty, ``(b, 0, d)``.
 
     Attributes:
-        parts: conditioning of all parts, those of the first prompt first.
+        parts: conditioning of the parts of all prompts, one row per part, those of the first prompt first.
         counts: number of parts of each prompt.
     """
 
@@ -51,7 +51,7 @@ class ComposedConditioning(Conditioning):
 
 
 class PrismEncoder(Encoder):
-    """Splits prompts into parts and encodes each part as a prompt of its own.
+    """Splits prompts into parts, pieces of the text, and encodes each part as a prompt of its own.
 
     Args:
         inner: encodes the parts.
@@ -83,7 +83,10 @@ class PrismEncoder(Encoder):
         return list(self._merged(parts, self.inner.report([text for texts in parts for text in texts])))
 
     def count_tokens(self, text: str) -> int:
-        """Returns the number of tokens of a text in the inner encoder; of several encoders inside it, in the first."""
+        """Returns the number of tokens of a text, without special tokens, as the encoder ``inner`` counts them.
+
+        If ``inner`` combines several encoders, the first one counts.
+        """
         (report,) = self.inner.report([text])
         while report.parts:
             report = report.parts[0]
@@ -91,7 +94,7 @@ class PrismEncoder(Encoder):
         return count + self.count_tokens(report.truncated) if count and report.truncated.strip() else count
 
     def _parts(self, prompts: Sequence[Prompt]) -> list[list[str]]:
-        """Returns the parts of each prompt; the empty prompt has one empty part."""
+        """Returns the parts of each prompt as texts; the empty prompt has one empty part."""
         return [split(self.segmenter, prompt, self.count_tokens) or [""] for prompt in check_prompts(prompts)]
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""SigLIP as a reward of longalign."""
+"""The reward `siglip` of longalign (SigLIP, arXiv 2303.15343; SigLIP 2, arXiv 2502.14786)."""

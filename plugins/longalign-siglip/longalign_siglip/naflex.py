@@ -9,10 +9,10 @@ from torch import Generator, Tensor
 
 
 def grid_size(height: int, width: int, max_num_patches: int) -> tuple[int, int]:
-    """Returns rows and columns of the largest grid of patches for an image, up to ``max_num_patches``.
+    """Returns the number of rows and columns of the patches of an image of ``height`` by ``width`` pixels.
 
     The image is scaled by one factor, and both sides are rounded up to whole patches. The factor is the largest one
-    whose grid has at most ``max_num_patches`` patches, as in the published preprocessing.
+    that gives at most ``max_num_patches`` patches, as in the published preprocessing.
     """
     # the largest factor makes one side a whole number n of patches; it is proportional to n / side
     patches = range(1, max_num_patches + 1)
@@ -24,7 +24,9 @@ def grid_size(height: int, width: int, max_num_patches: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class NaflexPreprocessor(ImagePreprocessor):
-    """Resizes images to whole patches, with their aspect ratio, and normalizes them.
+    """Resizes images to whole patches, which changes their aspect ratio only a little, and normalizes them.
+
+    The attributes of `longalign.functional.ImagePreprocessor` apply too, except the size.
 
     Attributes:
         patch_size: side of a patch in pixels.
@@ -35,7 +37,13 @@ class NaflexPreprocessor(ImagePreprocessor):
     max_num_patches: int = 256
 
     def __call__(self, images: Tensor, generator: Generator | None = None, random: bool = True) -> Tensor:
-        """Maps images ``(b, 3, h, w)`` in [0, 1] to pixels ``(b, 3, rows * patch_size, columns * patch_size)``."""
+        """Maps images to normalized pixels ``(b, 3, rows * patch_size, columns * patch_size)``; see `grid_size`.
+
+        Args:
+            images: ``(b, 3, h, w)`` in [0, 1].
+            generator: random generator of the crop; None uses torch's global one.
+            random: whether to crop at random if a crop is set; False omits the crop.
+        """
         if self.crop is not None and random:
             images = random_crop(images, self.crop, generator, self.crop_position)
         height, width = images.shape[-2:]
@@ -46,6 +54,14 @@ class NaflexPreprocessor(ImagePreprocessor):
 
 
 def patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    """Cuts pixels ``(b, 3, h, w)`` into patches ``(b, h w / p^2, 3 p^2)``, row by row, each with its channels last."""
+    """Cuts images into square patches, row by row.
+
+    Args:
+        pixels: ``(b, 3, h, w)`` normalized pixels; h and w are multiples of p.
+        patch_size: side p of a patch in pixels.
+
+    Returns:
+        ``(b, h w / p^2, 3 p^2)``: each patch as its pixels row by row, with the three channels of each pixel together.
+    """
     patches = pixels.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
     return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)

@@ -15,19 +15,22 @@ from longalign_siglip.naflex import NaflexPreprocessor
 from longalign_siglip.towers import NaflexTowers, SiglipTowers
 
 HALF = (0.5, 0.5, 0.5)
-#: values of ``resample`` in the settings of an image processor
+#: values of ``resample`` in the settings of an image processor -> interpolation
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
 
 class SiglipReward(TowerReward):
-    """The cosine similarity of SigLIP's image and text embeddings."""
+    """Scores an image by the cosine similarity of SigLIP's image and text embeddings; see `TowerReward`."""
 
     @classmethod
     def from_config(cls, config: SiglipConfig, runtime: Runtime) -> SiglipReward:
         """Loads the reward from a Hub id or a local folder in transformers layout.
 
-        The checkpoint's ``model_type`` selects the model: ``siglip`` is a ``SiglipModel`` of fixed resolution, also of
-        SigLIP 2, and ``siglip2`` a ``Siglip2Model``, of flexible resolution (NaFlex).
+        The ``model_type`` in the checkpoint's config selects the model. ``"siglip"`` is a ``SiglipModel``: SigLIP, or
+        SigLIP 2 of fixed resolution. ``"siglip2"`` is a ``Siglip2Model``: SigLIP 2 of flexible resolution (NaFlex).
+
+        Raises:
+            ValueError: if the checkpoint has a different type, lacks weights, or its tokenizer does not fit the model.
         """
         import transformers
         from transformers import AutoConfig, AutoTokenizer
@@ -65,7 +68,14 @@ def _check_model_type(model_type: str, config: SiglipConfig) -> None:
 
 
 def _image(model: Any, settings: Any, config: SiglipConfig) -> ImageInput | ImagePreprocessor:
-    """Returns the image settings; the published processors of NaFlex use bilinear interpolation, others name theirs."""
+    """Returns the preprocessing of images for a checkpoint.
+
+    Args:
+        model: a ``SiglipModel`` or ``Siglip2Model``.
+        settings: settings of the checkpoint's image processor. Missing ones have the values of the published
+            processors.
+        config: config of the reward, whose keys take precedence.
+    """
     vision = model.config.vision_config
     mean, std = (tuple(settings.get(key, HALF)) for key in ("image_mean", "image_std"))
     naflex = model.config.model_type == "siglip2"

@@ -1,4 +1,4 @@
-"""SigLIP's towers from transformers, with the interface of `longalign.rewards.Towers`."""
+"""SigLIP's image and text towers from transformers, with the interface of `longalign.rewards.Towers`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from longalign_siglip.naflex import patchify
 
 
 class SiglipTowers(Towers):
-    """Both towers of a ``transformers.SiglipModel``.
+    """Image and text tower of a ``transformers.SiglipModel``.
 
-    Every text is padded on the right to the whole window and encoded without a mask, as in SigLIP's training. Its text
-    embedding is read at the last position, so it depends on the input length.
-
-    Texts are lower case, as in training. The tokenizer of SigLIP does this itself, that of SigLIP 2 does not.
+    Every text is padded on the right to the maximum length and encoded without a mask, as in SigLIP's training, since
+    the text embedding is read at the last position. Texts are converted to lower case, as in training; SigLIP 2's
+    tokenizer does not do this itself.
 
     Args:
         model: a ``SiglipModel``.
@@ -57,7 +56,7 @@ class SiglipTowers(Towers):
 
 
 class NaflexTowers(SiglipTowers):
-    """Both towers of a ``transformers.Siglip2Model``, whose image tower takes patches of images of any size."""
+    """Image and text tower of a ``transformers.Siglip2Model``, for images of any whole number of patches."""
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         size = self.model.config.vision_config.patch_size

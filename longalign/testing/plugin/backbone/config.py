@@ -10,7 +10,7 @@ from longalign.backbones import StableDiffusionConfig
 
 
 class MyPartConfig(StableDiffusionConfig):
-    """Stable Diffusion with scaled conditioning. Replace it with your model."""
+    """Stable Diffusion with scaled text states. Replace it with your model."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 
@@ -18,4 +18,4 @@ class MyPartConfig(StableDiffusionConfig):
 
     name: Literal["my-part"] = "my-part"
     scale: float = Field(1.0, gt=0)
-    """Factor of the text states."""
+    """Factor of the encoder's text states."""

@@ -14,18 +14,18 @@ from longalign.runtime import Runtime
 
 
 class MyPart(SDBackbone):
-    """Stable Diffusion whose text states are multiplied by ``scale``."""
+    """Stable Diffusion whose text states are multiplied by the factor ``scale``."""
 
     scale = 1.0
 
     @classmethod
     def from_config(cls, config: MyPartConfig, runtime: Runtime) -> MyPart:
-        """Loads the denoiser and the autoencoder."""
+        """Loads the denoiser and the autoencoder from ``config.checkpoint``."""
         backbone = super().from_config(config, runtime)
         backbone.scale = config.scale
         return backbone
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Calls ``denoiser``, the network or a wrapper of it."""
+        """Returns the prediction of ``denoiser``, the network or a wrapper of it, with scaled text states."""
         scaled = replace(conditioning, states=self.scale * conditioning.states)
         return super().call(denoiser, latents, timesteps, scaled)

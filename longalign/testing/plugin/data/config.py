@@ -10,7 +10,7 @@ from longalign.data import DataConfig
 
 
 class MyPartConfig(DataConfig):
-    """Images of one colour with its name as the caption. Replace it with your data."""
+    """Images of one colour, with captions that name the colour. Replace it with your data."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 
@@ -18,4 +18,4 @@ class MyPartConfig(DataConfig):
     size: int = Field(1000, ge=1)
     """Number of items."""
     resolution: int = Field(64, ge=8)
-    """Side of the images in pixels."""
+    """Side of the square images in pixels."""

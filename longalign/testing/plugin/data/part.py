@@ -14,11 +14,11 @@ COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 
 
 
 class MyPart(Data):
-    """Items ``{"prompt": str, "image": (3, h, w) in [0, 1]}``; item i is the same on every read.
+    """Items ``{"prompt": str, "image": (3, h, w)}``, pixels in [0, 1]. Item i must be the same whenever it is read.
 
     Args:
         size: number of items.
-        resolution: side of the images.
+        resolution: side of the square images in pixels.
     """
 
     def __init__(self, *, size: int, resolution: int):
@@ -26,7 +26,7 @@ class MyPart(Data):
 
     @classmethod
     def from_config(cls, config: MyPartConfig, runtime: Runtime) -> MyPart:
-        """Open files here."""
+        """Builds the data. Open files here."""
         return cls(size=config.size, resolution=config.resolution)
 
     def __len__(self) -> int:

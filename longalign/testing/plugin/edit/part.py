@@ -13,11 +13,11 @@ from longalign.runtime import Runtime
 
 
 class MyPart(Edit):
-    """Subtracts the embedding of a phrase: ``C_P - weight C_P(phrase)``.
+    """Subtracts the embedding of a phrase from the text embedding ``C_P``: ``C_P - weight C_P(phrase)``.
 
     Args:
-        phrase: the phrase.
-        weight: factor of its embedding.
+        phrase: the phrase, a text.
+        weight: factor of the phrase's embedding.
     """
 
     def __init__(self, *, phrase: str, weight: float):
@@ -26,12 +26,12 @@ class MyPart(Edit):
 
     @classmethod
     def from_config(cls, config: MyPartConfig, runtime: Runtime) -> MyPart:
-        """Load files here."""
+        """Builds the edit. Load files here."""
         return cls(phrase=config.phrase, weight=config.weight)
 
     def forward(
         self, text: Tensor, prompts: Sequence[str], reward: EmbeddingReward, direction: Tensor | None
     ) -> EditedText:
-        """Edits embeddings ``(b, d)``; the score of the phrase is logged as ``phrase``."""
+        """Edits text embeddings ``(b, d)``; the image's score with the phrase is logged as ``phrase``."""
         phrase = reward.text_features([self.phrase])
         return EditedText(text - self.weight * phrase, {"phrase": phrase})

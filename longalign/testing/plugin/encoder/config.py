@@ -10,16 +10,16 @@ from longalign.encoders import EncoderConfig
 
 
 class MyPartConfig(EncoderConfig):
-    """One state per word, from a fixed random table. Replace it with your text model."""
+    """One hidden state per word, from a fixed random table. Replace it with your text model."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
     has_pooled: ClassVar[bool] = False
 
     name: Literal["my-part"] = "my-part"
     width: int = Field(128, ge=1)
-    """Width of the states; the denoiser's cross-attention must take it."""
+    """Width of the states, which must be that of the denoiser's cross-attention."""
     min_states: int = Field(77, ge=1)
-    """Number of states to which short prompts are padded."""
+    """Number of states to which shorter prompts are padded; longer ones are not truncated."""
 
     def widths(self) -> tuple[int | None, int | None]:
         return self.width, None

@@ -17,7 +17,7 @@ ROWS = 4096
 
 
 class MyPart(Encoder):
-    """States ``(b, n, width)``: one row of a frozen table per word, padded with its last row.
+    """Encodes prompts as states ``(b, n, width)``: one row of a frozen table per word, padded with its last row.
 
     Args:
         width: width of the states.
@@ -32,7 +32,7 @@ class MyPart(Encoder):
 
     @classmethod
     def from_config(cls, config: MyPartConfig, runtime: Runtime) -> MyPart:
-        """Load weights here."""
+        """Builds the encoder. Load weights here."""
         return cls(width=config.width, min_states=config.min_states).to(runtime.device)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:

@@ -10,7 +10,7 @@ from longalign.gradient_steps import GradientStepsConfig
 
 
 class MyPartConfig(GradientStepsConfig):
-    """``k`` successive sampling steps, from a random first one, receive gradient. Replace this with your method."""
+    """Selects ``k`` successive sampling steps that receive gradient, from a random first one. Replace it with yours."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 

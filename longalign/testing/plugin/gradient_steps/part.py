@@ -11,11 +11,11 @@ from longalign.runtime import Runtime
 
 
 class MyPart:
-    """Selects ``k`` successive steps, from a random first one.
+    """Selects ``k`` successive sampling steps that receive gradient, from a random first one.
 
     Args:
         k: number of gradient steps.
-        randint: returns a random integer from low to high, the same in all processes.
+        randint: ``randint(low, high)`` returns a random integer from low to high, the same in all processes.
     """
 
     def __init__(self, k: int, *, randint: Callable[[int, int], int]):
@@ -26,7 +26,7 @@ class MyPart:
         return cls(config.k, randint=synced_randint(runtime))
 
     def select(self, num_steps: int) -> GradientSteps:
-        """Selects steps of one batch; 0 is the first step, with the most noise.
+        """Selects among ``num_steps`` sampling steps for one batch; 0 is the first step, with the most noise.
 
         All processes must select the same number of steps.
         """

@@ -10,10 +10,10 @@ from longalign.metrics import MetricConfig
 
 
 class MyPartConfig(MetricConfig):
-    """Share of pixels above a given brightness. Replace it with your metric."""
+    """Fraction of pixels with at least a given brightness. Replace it with your metric."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 
     name: Literal["my-part"] = "my-part"
     threshold: float = Field(0.5, ge=0, le=1)
-    """Mean of the channels from which a pixel counts."""
+    """Minimum brightness of a pixel that counts: the mean of its channels, in [0, 1]."""

@@ -12,11 +12,11 @@ from longalign.runtime import Runtime
 
 
 class MyPart(Metric):
-    """Share of pixels above a brightness, one value per image.
+    """Fraction of pixels with at least a given brightness, one value per image.
 
     Args:
-        label: name in the table.
-        threshold: the brightness.
+        label: name of the value in tables.
+        threshold: minimum brightness of a pixel that counts: the mean of its channels, in [0, 1].
     """
 
     def __init__(self, label: str, *, threshold: float):
@@ -27,12 +27,13 @@ class MyPart(Metric):
 
     @classmethod
     def from_config(cls, config: MyPartConfig, runtime: Runtime) -> MyPart:
-        """Load weights here, onto ``runtime.device``."""
+        """Builds the metric. Load weights here, onto ``runtime.device``."""
         return cls(config.prefix(), threshold=config.threshold)
 
     def observe(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Measures images ``(b, 3, h, w)`` in [0, 1]: name -> ``(b,)``, NaN where an image has no value.
+        """Measures images ``(b, 3, h, w)`` in [0, 1] and returns name -> ``(b,)``, NaN where an image has no value.
 
-        Names start with the label: ``label.part`` is a further column, ``label/group/name`` is shown in a breakdown.
+        Names start with the label: ``label.part`` is a further column of a table, ``label/group/name`` is shown in a
+        breakdown.
         """
         return {self.label: (images.mean(1) >= self.threshold).float().mean((1, 2))}

@@ -16,4 +16,4 @@ class MyPartConfig(RewardConfig):
 
     name: Literal["my-part"] = "my-part"
     brightness: float = Field(0.6, ge=0, le=1)
-    """Mean pixel value with the highest score."""
+    """Mean pixel value of the image with the highest score, in [0, 1]."""

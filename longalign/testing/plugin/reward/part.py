@@ -12,10 +12,10 @@ from longalign.runtime import Runtime
 
 
 class MyPart(Reward):
-    """Negative squared distance of the mean pixel value to a target.
+    """Scores an image by the negative squared difference of its mean pixel value from a target.
 
     Args:
-        brightness: the target.
+        brightness: the target, in [0, 1].
     """
 
     def __init__(self, *, brightness: float):
@@ -24,10 +24,10 @@ class MyPart(Reward):
 
     @classmethod
     def from_config(cls, config: MyPartConfig, runtime: Runtime) -> MyPart:
-        """Load weights here, onto ``runtime.device``."""
+        """Builds the reward. Load weights here, onto ``runtime.device``."""
         return cls(brightness=config.brightness)
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Scores images ``(b, 3, h, w)`` in [0, 1]; returns ``(b,)``, differentiable in the images."""
+        """Returns scores ``(b,)`` of images ``(b, 3, h, w)`` in [0, 1], differentiable with respect to the images."""
         check_pairs(images, prompts)
         return Scores(-(images.mean((1, 2, 3)) - self.brightness).square()).checked(images, prompts)

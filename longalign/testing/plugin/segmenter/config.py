@@ -10,10 +10,10 @@ from longalign.segmenters import SegmenterConfig
 
 
 class MyPartConfig(SegmenterConfig):
-    """Splits a prompt into pieces of a fixed number of words. Replace it with your segmenter."""
+    """Splits a prompt into segments of a fixed number of words. Replace it with your segmenter."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
 
     name: Literal["my-part"] = "my-part"
     words: int = Field(20, ge=1)
-    """Number of words in a segment."""
+    """Number of words in a segment; the last segment may have fewer."""

@@ -11,10 +11,10 @@ from longalign.runtime import Runtime
 
 
 class MyPart:
-    """Segments of at most ``words`` words.
+    """Splits prompts into segments of ``words`` words.
 
     Args:
-        words: maximum number of words.
+        words: number of words in a segment; the last segment may have fewer.
     """
 
     def __init__(self, *, words: int):
@@ -25,6 +25,6 @@ class MyPart:
         return cls(words=config.words)
 
     def __call__(self, prompt: str, count: Callable[[str], int]) -> list[str]:
-        """Splits ``prompt``; ``count`` gives the number of tokens of a text."""
+        """Returns the segments of ``prompt``; ``count(text)`` returns the number of tokens of a text."""
         pieces = re.findall(r"\S+\s*", prompt)
         return ["".join(pieces[i : i + self.words]) for i in range(0, len(pieces), self.words)]

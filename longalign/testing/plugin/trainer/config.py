@@ -11,7 +11,7 @@ from longalign.trainers import TrainerConfig
 
 
 class MyPartConfig(TrainerConfig):
-    """Noise-prediction fine-tuning with a weight on the loss. Replace it with your method."""
+    """Fine-tuning with the diffusion loss, multiplied by a factor. Replace it with your method."""
 
     target: ClassVar[str] = "my_plugin.part:MyPart"
     needs: ClassVar[tuple[str, ...]] = ("backbone", "encoder")
@@ -20,4 +20,4 @@ class MyPartConfig(TrainerConfig):
     lora: LoraConfig | None = LoraConfig()
     """The LoRA to train, or null to train all weights of the denoiser."""
     weight: float = Field(1.0, gt=0)
-    """Factor of the loss."""
+    """Factor of the diffusion loss."""

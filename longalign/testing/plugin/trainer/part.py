@@ -15,12 +15,12 @@ from longalign.trainers import DiffusionTrainer, batch_latents, noise_loss, trai
 
 
 class MyPart(DiffusionTrainer):
-    """Trains the denoiser to predict the noise of images from their captions.
+    """Trains the denoiser, and the encoder's adapter if it has one, to denoise images given their captions.
 
     Args:
-        backbone: its trainable parameters are already set.
+        backbone: backbone whose trainable parameters are already set.
         encoder: encodes the captions.
-        weight: factor of the loss.
+        weight: factor of the diffusion loss.
     """
 
     def __init__(self, backbone: Backbone, encoder: Encoder, *, weight: float):
@@ -29,11 +29,11 @@ class MyPart(DiffusionTrainer):
 
     @classmethod
     def from_config(cls, config: MyPartConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder) -> MyPart:
-        """Adds the LoRA, or makes all weights trainable."""
+        """Adds the LoRA, or makes all of the denoiser's weights trainable, and builds the trainer."""
         train_denoiser(backbone, config.lora, "my-part")
         return cls(backbone, encoder, weight=config.weight)
 
     def loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Values whose key ends in ``_loss`` are summed and minimized; others are logged."""
+        """Returns tensors ``()`` by name. Those whose name ends in ``_loss`` are minimized; others are only logged."""
         latents, conditioning = batch_latents(self.backbone, batch, "'my-part'"), self.encode(batch["prompt"])
         return {"noise_loss": self.weight * noise_loss(self.backbone, latents, conditioning)}

@@ -1,4 +1,4 @@
-"""Locks folders that only one process may write to."""
+"""Locks folders to which only one process may write."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ LOCK = ".lock"
 class Lock:
     """Exclusive lock of a folder, held until `release` or until this process ends or is killed.
 
+    On a file system without locks, it only warns.
+
     Args:
         output: the folder; created if missing.
 
     Raises:
-        ValueError: if a different process holds the lock; the message names it.
+        ValueError: if a different process holds the lock; the message names this process and its machine.
     """
 
     def __init__(self, output: Path):

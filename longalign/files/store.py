@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longalign.atomic import atomic_write
-from longalign.checkpoints.weights import crc, reading, save_tensors
+from longalign.files.atomic import atomic_write
+from longalign.files.weights import crc, reading, save_tensors
 
 IDENTITY = "identity.json"
 FORMAT = 3

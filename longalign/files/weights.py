@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longalign.atomic import atomic_write
+from longalign.files.atomic import atomic_write
 from longalign.hub import download_problem
 
 #: metadata key of the checksum of a file's tensors

@@ -1,0 +1,1 @@
+"""Files of runs: their places, weights, caches and locks, written atomically."""
