@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 
+# Without bytecode, every test process compiles the package and the tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-fast test-reliability test-transformers4 test-lowest test-wheel check format docs bench bench-check gpu-wheels
 
 setup: $(STAMP)

@@ -7,12 +7,12 @@ recorded.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, EntryPoints, PackageNotFoundError, distributions, version
-from pathlib import Path
 from typing import Any
 
 PREFIX = "longalign_"
@@ -108,7 +108,7 @@ def _requires(dist: Distribution | None) -> list[str]:
 
 def _modified(entry: str) -> int:
     try:
-        return Path(entry or ".").stat().st_mtime_ns
+        return os.stat(entry or ".").st_mtime_ns  # Path.stat takes five times as long
     except OSError:
         return 0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from longalign.config.checks import parts_of
@@ -14,12 +16,15 @@ PACKAGES = ("longalign", "torch", "diffusers", "transformers", "peft", "accelera
 
 def versions() -> dict[str, str]:
     """Returns name -> version of Python and of the installed packages that affect results."""
-    versions = {"python": platform.python_version()}
+    return {"python": platform.python_version(), **_installed()}
+
+
+@cache
+def _installed() -> dict[str, str]:
+    versions = {}
     for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)  # parses a file on each call
     return versions
 
 

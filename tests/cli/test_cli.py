@@ -555,7 +555,7 @@ def test_eval_compares_folders_with_same_prompts(brightness, tmp_path, capsys):
         (["a=base", "--metric", "gauges"], "two metrics are called gauges; give one of them a label"),
         (["a=base", "--metric", "{name: gauges"], "'{name: gauges', line 1: expected ',' or '}'"),
         (["a=base", "--json", "empty"], "--json empty is a folder; give a file"),
-        (["a=single", "--metric", "facts"], r"no facts for 1 prompts, e\.g\. 'ü'"),
+        (["a=single", "--metric", "{name: facts, data: {name: scenes, size: 4}}"], r"no facts for 1 prompts, e\.g\. 'ü'"),
     ],
 )
 def test_eval_errors_say_what_to_do(tmp_path, monkeypatch, capsys, arguments, message):
