@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from longalign.backbones.flow import FlowBackbone as FlowBackbone
     from longalign.backbones.flux.backbone import FluxBackbone as FluxBackbone
     from longalign.backbones.flux.config import FluxConfig as FluxConfig
+    from longalign.backbones.flux2.backbone import Flux2Backbone as Flux2Backbone
+    from longalign.backbones.flux2.config import Flux2Config as Flux2Config
     from longalign.backbones.latent import LatentBackbone as LatentBackbone
     from longalign.backbones.lora import LoraWeights as LoraWeights
     from longalign.backbones.pixart.backbone import PixArtBackbone as PixArtBackbone
@@ -40,6 +42,8 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Backbone": "base",
         "BackboneConfig": "config",
         "FlowBackbone": "flow",
+        "Flux2Backbone": "flux2.backbone",
+        "Flux2Config": "flux2.config",
         "FluxBackbone": "flux.backbone",
         "FluxConfig": "flux.config",
         "LatentBackbone": "latent",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +15,13 @@ from longalign.backbones.latent import LatentBackbone
 from longalign.encoders.base import Conditioning
 from longalign.functional.diffusion import NoiseLevels
 
+ScheduleMu = Callable[[int, Tensor], Tensor]
+"""Maps the number of image tokens and numbers of sampling steps ``(n,)`` to ``mu`` ``(n,)``; see `flow_levels`."""
 
-def flow_levels(scheduler: Mapping[str, Any], name: str, tokens: int) -> NoiseLevels:
+
+def flow_levels(
+    scheduler: Mapping[str, Any], name: str, tokens: int, schedule_mu: ScheduleMu | None = None
+) -> NoiseLevels:
     """Returns the noise levels of a flow-matching scheduler of diffusers.
 
     The scheduler is ``FlowMatchEulerDiscreteScheduler``, or a different one with ``use_flow_sigmas``. With
@@ -28,6 +33,7 @@ def flow_levels(scheduler: Mapping[str, Any], name: str, tokens: int) -> NoiseLe
         scheduler: config of the scheduler.
         name: name of the backbone, for messages.
         tokens: number of image tokens.
+        schedule_mu: ``mu`` of sampling schedules, if it depends on their number of steps; None: it does not.
 
     Raises:
         ValueError: if the scheduler is not a flow-matching scheduler, or has a setting that is not supported.
@@ -44,13 +50,18 @@ def flow_levels(scheduler: Mapping[str, Any], name: str, tokens: int) -> NoiseLe
             "null in scheduler_config.json"
         )
     shift = float(scheduler.get("flow_shift" if scheduler.get("use_flow_sigmas") else "shift", 1.0))
+    num_timesteps, schedule_shifts = int(scheduler.get("num_train_timesteps", 1000)), None
     if scheduler.get("use_dynamic_shifting"):
+        exponential = scheduler.get("time_shift_type") != "linear"
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         start, end = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         mu = start + (end - start) * (tokens - low) / (high - low)
-        shift = mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+        shift = math.exp(mu) if exponential else mu
+        if schedule_mu is not None:
+            mus = schedule_mu(tokens, torch.arange(1, num_timesteps + 1, dtype=torch.float64))
+            schedule_shifts = mus.exp() if exponential else mus
     terminal = scheduler.get("shift_terminal") or None
-    return NoiseLevels.from_flow(int(scheduler.get("num_train_timesteps", 1000)), shift, terminal)
+    return NoiseLevels.from_flow(num_timesteps, shift, terminal, schedule_shifts)
 
 
 class FlowBackbone(LatentBackbone):
@@ -72,6 +83,8 @@ class FlowBackbone(LatentBackbone):
     name: ClassVar[str]
     #: number of latents along each side of a token
     patch: int = 2
+    #: ``mu`` of sampling schedules, if it depends on their number of steps
+    schedule_mu: ClassVar[ScheduleMu | None] = None
 
     def __init__(self, transformer: Any, vae: Any, scheduler: Mapping[str, Any], *, resolution: int | None):
         self._scheduler = scheduler
@@ -89,7 +102,7 @@ class FlowBackbone(LatentBackbone):
     def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
         key = self._key(shape)
         if key not in self._levels:
-            self._levels[key] = flow_levels(self._scheduler, self.name, key)
+            self._levels[key] = flow_levels(self._scheduler, self.name, key, type(self).schedule_mu)
         return self._levels[key]
 
     def noise_at(self, latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -116,6 +129,40 @@ def unpack(tokens: Tensor, height: int) -> Tensor:
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height // 2, p=2, q=2)
 
 
+def image_positions(height: int, width: int, num_axes: int, device: torch.device) -> Tensor:
+    """Returns the positions of FLUX's image tokens: row and column on axes 1 and 2, 0 on the others.
+
+    Args:
+        height: number of rows of tokens.
+        width: number of columns.
+        num_axes: number of axes of a position.
+        device: device of the result.
+
+    Returns:
+        Positions ``(height * width, num_axes)``.
+    """
+    positions = torch.zeros(height, width, num_axes, device=device)
+    positions[..., 1] = torch.arange(height, device=device)[:, None]
+    positions[..., 2] = torch.arange(width, device=device)
+    return positions.flatten(0, 1)
+
+
+def embedded_guidance(takes_guidance: bool, guidance: float | None, default: float) -> float | None:
+    """Returns the guidance scale that a transformer is conditioned on; None if it takes none.
+
+    Args:
+        takes_guidance: whether the transformer takes a guidance scale.
+        guidance: the configured scale, or None.
+        default: the scale if None is configured.
+
+    Raises:
+        ValueError: if a scale is configured and the transformer takes none.
+    """
+    if guidance is not None and not takes_guidance:
+        raise ValueError(f"this transformer takes no guidance scale, got guidance={guidance}; set guidance to null")
+    return (default if guidance is None else guidance) if takes_guidance else None
+
+
 def check_joint_conditioning(
     conditioning: Conditioning, states: int, pooled: int, *, transformer: str, encoder: str
 ) -> None:
@@ -138,8 +185,13 @@ def check_joint_conditioning(
             f"{transformer} expects states of width {states} and a pooled embedding of width {pooled}, but the encoder "
             f"gives {widths[0]} and {widths[1]}; use the encoder '{encoder}'"
         )
+    advice = "set the encoder's pad to 'pad*', and use T5 without a mask"
+    check_unmasked(conditioning, transformer=transformer, advice=advice)
+
+
+def check_unmasked(conditioning: Conditioning, *, transformer: str, advice: str) -> None:
+    """Raises ValueError if positions of a conditioning are masked, for a transformer without an attention mask."""
     if conditioning.mask is not None and not bool(conditioning.mask.all()):
         raise ValueError(
-            f"{transformer} has no attention mask, but the encoder masks the padding of shorter prompts; set the "
-            "encoder's pad to 'pad*', and use T5 without a mask"
+            f"{transformer} has no attention mask, but the encoder masks the padding of shorter prompts; {advice}"
         )

@@ -37,34 +37,45 @@ class NoiseLevels:
         return cls(alphas.sqrt(), (1 - alphas).sqrt())
 
     @classmethod
-    def from_flow(cls, num_timesteps: int, shift: float = 1.0, terminal: float | None = None) -> NoiseLevels:
+    def from_flow(
+        cls,
+        num_timesteps: int,
+        shift: float = 1.0,
+        terminal: float | None = None,
+        schedule_shifts: Tensor | None = None,
+    ) -> NoiseLevels:
         """Returns the scales ``1 - s`` of signal and ``s`` of noise of a rectified flow.
 
         At timestep t, ``s = shift u / (1 + (shift - 1) u)`` with ``u = (t + 1) / num_timesteps`` (arXiv 2403.03206,
         eq. 23). At the last timestep, ``s`` is 1: pure noise.
 
+        If ``terminal`` or ``schedule_shifts`` is given, the levels of the schedules of 1, 2, ..., ``num_timesteps``
+        sampling steps follow those of the training timesteps. Otherwise, sampling steps use the levels of the training
+        timesteps.
+
         Args:
             num_timesteps: number of training timesteps.
             shift: positive number; a larger shift increases the noise levels, as larger images require. In the paper,
                 the square root of the ratio of an image's number of pixels to that of the base resolution.
-            terminal: noise level in (0, 1) of the last sampling step (``shift_terminal`` of diffusers): the signal of
-                all steps is multiplied by a constant, which depends on the number of steps. The levels of the schedules
-                of 1, 2, ..., ``num_timesteps`` sampling steps follow those of the training timesteps. None: sampling
-                steps use the levels of the training timesteps.
+            terminal: noise level in (0, 1) of the last sampling step (``shift_terminal`` of diffusers), or None: the
+                signal of all steps is multiplied by a constant, which depends on the number of steps.
+            schedule_shifts: ``(num_timesteps,)`` shifts of the schedules of 1, 2, ... sampling steps; None: ``shift``.
         """
 
-        def level(u: Tensor) -> Tensor:
+        def level(u: Tensor, shift: float | Tensor) -> Tensor:
             return shift * u / (1 + (shift - 1) * u)
 
-        noise = level(torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps)
-        if terminal is None:
+        noise = level(torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps, shift)
+        if terminal is None and schedule_shifts is None:
             return cls(1 - noise, noise)
         counts = torch.arange(1, num_timesteps + 1)
         first = (counts.cumsum(0) - counts).repeat_interleave(counts)
         steps = counts.repeat_interleave(counts).double()
-        signal = 1 - level(1 - (torch.arange(len(first)) - first) / steps)
-        # one step starts from pure noise, whose level cannot be changed
-        signal = torch.where(steps > 1, signal * (1 - terminal) / (1 - level(1 / steps)), signal)
+        shifts = shift if schedule_shifts is None else schedule_shifts.double().repeat_interleave(counts)
+        signal = 1 - level(1 - (torch.arange(len(first)) - first) / steps, shifts)
+        if terminal is not None:
+            # one step starts from pure noise, whose level cannot be changed
+            signal = torch.where(steps > 1, signal * (1 - terminal) / (1 - level(1 / steps, shifts)), signal)
         return cls(torch.cat([1 - noise, signal]), torch.cat([noise, 1 - signal]), num_timesteps)
 
     def __len__(self) -> int:

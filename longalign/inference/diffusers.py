@@ -110,7 +110,8 @@ def condition(
         out |= {inputs.pooled: pooled[: len(prompts)], f"negative_{inputs.pooled}": pooled[len(prompts) :]}
     out = {key: value for key, value in out.items() if key in parameters}
     # pipelines raise if both a negative prompt and its embeddings are given, so override a default that is not None
-    if "negative_prompt_embeds" in out and parameters["negative_prompt"].default is not None:
+    negative = parameters.get("negative_prompt")
+    if "negative_prompt_embeds" in out and negative is not None and negative.default is not None:
         out["negative_prompt"] = None
     return out
 
@@ -139,14 +140,15 @@ def _get_encoders(
     from longalign.runtime import Runtime
 
     place = str(device), str(dtype).removeprefix("torch.")
-    keys = [None if isinstance(source, Encoder) else (encoders.validate(source), *place) for source in sources]
+    configs = [None if isinstance(source, Encoder) else encoders.validate(source) for source in sources]
+    keys = [None if config is None else (config.model_dump_json(), *place) for config in configs]
     before = _built.pop(pipe, {})
     before = {key: before[key] for key in keys if key in before}  # free others before building
     if any(key is not None for key in keys):
         _built[pipe] = before
-    for key in keys:
-        if key is not None and key not in before:
-            before[key] = encoders.construct(key[0], Runtime(*place))
+    for key, config in zip(keys, configs, strict=True):
+        if config is not None and key not in before:
+            before[key] = encoders.construct(config, Runtime(*place))
     yield [source if key is None else before[key] for source, key in zip(sources, keys, strict=True)]
 
 

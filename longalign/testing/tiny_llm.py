@@ -1,7 +1,7 @@
 """Builders of tiny random checkpoints with a language model as text encoder, like those of `longalign.testing.tiny`."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
-# pyright: reportPrivateImportUsage=false
+# pyright: reportPrivateImportUsage=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
@@ -12,29 +12,38 @@ import torch
 
 from longalign.testing.tiny import noisy, once, parts_folder
 
-__all__ = ["tiny_llm", "tiny_qwen_image", "tiny_sana", "tiny_z_image"]
+__all__ = ["tiny_flux2", "tiny_llm", "tiny_qwen_image", "tiny_sana", "tiny_z_image"]
 
 WIDTH = 16
 """Width of the language models' hidden states."""
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-"""Chat template in the format ChatML."""
+"""Chat template in the format ChatML, with Qwen3's variable ``enable_thinking``."""
+INSTRUCT = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% set tag = 'SYSTEM_PROMPT' if message['role'] == 'system' else 'INST' %}[{{ tag }}]"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}[/{{ tag }}]{% endfor %}"
+)
+"""Chat template in the format of Mistral."""
 #: vocabulary of the tokenizer of `tiny_llm` with kind "gemma2"
 GEMMA_WORDS = ("paint", "this:", "a", "red", "fox.", "fox", "the", "sky", "is", "green.", "wall.")
 
 
 @once
-def tiny_llm(folder: Path, kind: Literal["qwen3", "qwen2.5-vl", "gemma2"] = "qwen3") -> Path:
+def tiny_llm(folder: Path, kind: Literal["qwen3", "qwen2.5-vl", "gemma2", "mistral3"] = "qwen3") -> Path:
     """Writes a language model of width 16 and its tokenizer in diffusers layout: ``text_encoder/``, ``tokenizer/``.
 
     The tokens of ``"qwen3"`` and ``"qwen2.5-vl"`` are bytes, and their chat template is ChatML. The tokens of
     ``"gemma2"`` are the words in `GEMMA_WORDS`, each with or without a space before it, and texts start with ``<bos>``.
+    The tokens of ``"mistral3"`` are bytes, padded on the left; ``tokenizer/`` also contains the image processor.
     """
     import transformers
 
-    tokenizer = _word_tokenizer() if kind == "gemma2" else _byte_tokenizer()
+    tokenizer = {"gemma2": _word_tokenizer, "mistral3": _mistral_tokenizer}.get(kind, _byte_tokenizer)()
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 1024,
@@ -46,6 +55,20 @@ def tiny_llm(folder: Path, kind: Literal["qwen3", "qwen2.5-vl", "gemma2"] = "qwe
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings))
     elif kind == "gemma2":
         model = transformers.Gemma2Model(transformers.Gemma2Config(**settings, query_pre_attn_scalar=8))
+    elif kind == "mistral3":
+        image_token = tokenizer.convert_tokens_to_ids("[IMG]")
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.Mistral3Config(
+            text_config={"model_type": "mistral", **settings},
+            vision_config={"model_type": "pixtral", "image_size": 56, "patch_size": 14, "head_dim": 8, **vision},
+            image_token_index=image_token,
+        )
+        model = transformers.Mistral3ForConditionalGeneration(config)
+        size = {"longest_edge": 56}
+        tokenizer = transformers.PixtralProcessor(
+            transformers.PixtralImageProcessor(size=size, patch_size={"height": 14, "width": 14}), tokenizer,
+            patch_size=14, spatial_merge_size=2, chat_template=INSTRUCT,
+        )  # fmt: skip
     else:
         del settings["head_dim"]
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -136,7 +159,41 @@ def tiny_sana(folder: Path) -> Path:
     return folder
 
 
-def _text_parts(folder: Path, kind: str, model_class: str) -> tuple[Any, Any]:
+@once
+def tiny_flux2(folder: Path, mistral: bool = False) -> Path:
+    """FLUX.2 in its Hub layout: a language model 16 wide, VAE of factor 4 with 4 channels; for 32 px.
+
+    FLUX.2-klein with Qwen3, or FLUX.2-dev with Mistral 3 and a guidance embedding if ``mistral``. The transformer takes
+    the states of three layers.
+    """
+    import diffusers
+
+    if mistral:
+        parts = _text_parts(folder, "mistral3", "Mistral3ForConditionalGeneration", "PixtralProcessor")
+    else:
+        parts = _text_parts(folder, "qwen3", "Qwen3ForCausalLM")
+    torch.manual_seed(11)
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH, timestep_guidance_channels=16, axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=mistral,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, sample_size=32, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )  # fmt: skip
+    pipeline = diffusers.Flux2Pipeline if mistral else diffusers.Flux2KleinPipeline
+    pipeline(scheduler, vae, *parts, transformer).save_pretrained(folder)
+    return folder
+
+
+def _text_parts(folder: Path, kind: str, model_class: str, tokenizer_class: str = "AutoTokenizer") -> tuple[Any, Any]:
     """Returns the language model ``kind`` of `tiny_llm`, loaded as ``transformers.<model_class>``, and its tokenizer.
 
     The pipeline with both will be saved to ``folder``.
@@ -145,10 +202,25 @@ def _text_parts(folder: Path, kind: str, model_class: str) -> tuple[Any, Any]:
 
     parts = tiny_llm(parts_folder(folder), kind)
     model = getattr(transformers, model_class).from_pretrained(parts / "text_encoder")
-    return model, transformers.AutoTokenizer.from_pretrained(parts / "tokenizer")
+    return model, getattr(transformers, tokenizer_class).from_pretrained(parts / "tokenizer")
 
 
 def _byte_tokenizer() -> Any:
+    return _bytes_with(
+        pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHAT,
+        additional_special_tokens=["<|im_start|>"],
+    )  # fmt: skip
+
+
+def _mistral_tokenizer() -> Any:
+    tags = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    return _bytes_with(
+        pad_token="<pad>", bos_token="<s>", eos_token="</s>", additional_special_tokens=tags, padding_side="left"
+    )
+
+
+def _bytes_with(**settings: Any) -> Any:
+    """Returns a tokenizer with a token for each byte, and special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -156,10 +228,7 @@ def _byte_tokenizer() -> Any:
     tokens = Tokenizer(models.BPE(vocabulary, []))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHAT,
-        additional_special_tokens=["<|im_start|>"],
-    )  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, **settings)
 
 
 def _word_tokenizer() -> Any:

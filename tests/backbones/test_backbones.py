@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from longalign.backbones.config import LoraConfig
 from longalign.backbones.flux.backbone import FluxBackbone
+from longalign.backbones.flux2.backbone import Flux2Backbone
 from longalign.backbones.stable_diffusion.sd3 import SD3Backbone
 from longalign.encoders.base import Conditioning
 from longalign.registry import backbones
@@ -23,6 +24,7 @@ FAMILIES = {
     "sd3": (tiny.tiny_sd3, {}),
     "sd3 3.5": (partial(tiny.tiny_sd3, qk_norm="rms_norm", dual_attention_layers=(0,)), {}),
     "flux": (tiny.tiny_flux, {"image_size": 32}),
+    "flux2": (partial(tiny_llm.tiny_flux2, mistral=True), {"image_size": 32}),
     "pixart": (partial(tiny.tiny_pixart, size_conditions=True), {}),
     "sana": (tiny_llm.tiny_sana, {}),
     "qwen-image": (tiny_llm.tiny_qwen_image, {"image_size": 32}),
@@ -70,7 +72,7 @@ def test_call_copies_nothing_from_the_cpu(family, tmp_path):
     backbone.denoiser.to("meta")
     latents = torch.empty(2, *backbone.latent_shape(), device="meta")
     conditioning = Conditioning(torch.empty(2, 7, width, device="meta"))
-    if not isinstance(backbone, (SD3Backbone, FluxBackbone)):  # these take no mask
+    if not isinstance(backbone, (SD3Backbone, FluxBackbone, Flux2Backbone)):  # these take no mask
         conditioning = replace(conditioning, mask=torch.ones(2, 7, dtype=torch.bool, device="meta"))
     if config.has_pooled:
         conditioning = replace(conditioning, pooled=torch.empty(2, pooled, device="meta"))

@@ -1,5 +1,6 @@
 """The backbones with a language model as text encoder, compared with diffusers' pipelines; trainers; files."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -7,9 +8,11 @@ import diffusers
 import pytest
 import torch
 import yaml
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from longalign import ConfigError, Model, load_config
+from longalign import ConfigError, Model, condition, load_config
 from longalign.backbones.config import LoraConfig
+from longalign.backbones.flux2.backbone import Flux2Backbone
 from longalign.backbones.qwen_image.backbone import QwenImageBackbone
 from longalign.cli.main import main
 from longalign.encoders.base import Conditioning
@@ -38,6 +41,7 @@ class Case:
     num_parameters: float = 0
     transformer: str = ""
     latents: tuple[int, int, int] = (4, 8, 8)
+    width: int = 16
     divisor: int = 8
 
     def folder(self, folder):
@@ -73,6 +77,17 @@ def qwen_image_arguments(pipe, noise, guidance):
     return {"prompt": list(PROMPTS), "latents": packed, "true_cfg_scale": guidance, **negative}
 
 
+NO_THINKING = {"enable_thinking": False}
+LAYERS = {"layer": [0, 1, 2], "pad_to": 96}
+
+
+def flux2_arguments(pipe, noise, guidance):
+    return {
+        "prompt": list(PROMPTS), "latents": torch.pixel_unshuffle(noise, 2), "guidance_scale": guidance,
+        "text_encoder_out_layers": (0, 1, 2), "max_sequence_length": 96,
+    }  # fmt: skip
+
+
 def sana_arguments(pipe, noise, guidance):
     # the pipeline's own scheduler has a multistep solver
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -83,6 +98,10 @@ def sana_arguments(pipe, noise, guidance):
 
 
 CASES = [
+    Case(
+        "flux2", tiny_llm.tiny_flux2, "Flux2KleinPipeline", {**LAYERS, "template_variables": NO_THINKING},
+        flux2_arguments, num_layers=8 + 2, num_parameters=32.2e9, transformer="Flux2Transformer2DModel", width=48,
+    ),
     Case(
         "z-image", tiny_llm.tiny_z_image, "ZImagePipeline", {"layer": -2}, z_image_arguments,
         num_layers=4 * 3, num_parameters=6.15e9, transformer="ZImageTransformer2DModel",
@@ -97,6 +116,8 @@ CASES = [
         num_layers=8, num_parameters=1.604e9, transformer="SanaTransformer2DModel", divisor=4,
     ),
 ]  # fmt: skip
+
+BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -209,7 +230,7 @@ def test_config_knows_widths_and_sizes(case, folder):
             "trainer": "reward", "data": {"name": "scenes", "size": 2},
         }
     )  # fmt: skip
-    assert config.backbone.widths()[0] == config.encoder.widths()[0] == 16
+    assert config.backbone.widths()[0] == config.encoder.widths()[0] == case.width
     assert config.backbone.divisor == case.divisor and config.backbone.resolution() == 32
 
 
@@ -218,7 +239,7 @@ def test_config_rejects_cuda_graphs_of_calls_that_cannot_be_captured(case, folde
         "backbone": case.config(folder), "encoder": case.encoder_config(folder), "trainer": "align",
         "data": {"name": "scenes", "size": 2}, "loop": {"cuda_graphs": True},
     }  # fmt: skip
-    if case.name == "sana":
+    if case.name in ("sana", "flux2"):
         load_config(run)
     else:
         with pytest.raises(ConfigError, match=rf"loop\.cuda_graphs: .*'{case.name}' .*; set it to false"):
@@ -226,22 +247,90 @@ def test_config_rejects_cuda_graphs_of_calls_that_cannot_be_captured(case, folde
 
 
 def test_backbone_rejects_states_of_other_width(case, folder):
-    with pytest.raises(ValueError, match=r"width 16, got width 24.*'llm'"):
+    with pytest.raises(ValueError, match=rf"width {case.width}, got width 24.*'llm'"):
         case.build(folder).predict(
             torch.randn(1, *case.latents), torch.tensor([1]), Conditioning(torch.randn(1, 4, 24))
         )
 
 
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory):
+    """FLUX.2-dev, which takes a guidance scale as an input."""
+    return tiny_llm.tiny_flux2(tmp_path_factory.mktemp("dev"), mistral=True)
+
+
+@pytest.mark.parametrize("guidance", [None, 2.5])
+def test_flux2_dev_images_equal_diffusers_pipeline(dev, guidance):
+    backbone = backbones.build({"name": "flux2", "checkpoint": str(dev), "image_size": 32, "guidance": guidance})
+    encoder = encoders.build({"name": "llm", "checkpoint": str(dev), "system": SYSTEM, **LAYERS})
+    pipe = diffusers.Flux2Pipeline.from_pretrained(dev)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.system_message = SYSTEM
+    settings = {"seeds": [3, 4], "num_steps": 3, "guidance": 1, "solver": "ddim"}
+    images = sample(backbone, encoder, PROMPTS, **settings)
+    noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    arguments = flux2_arguments(pipe, noise, 4.0 if guidance is None else guidance)
+    expected = pipe(**arguments, height=32, width=32, num_inference_steps=3, output_type="pt").images
+    torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(32, 16), (256, 1024), (528, 4356)])
+def test_flux2_noise_levels_depend_on_the_number_of_steps(tmp_path, side, tokens):
+    folder = tiny_llm.tiny_flux2(tmp_path)
+    backbone = BY_NAME["flux2"].build(folder)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    levels = backbone.levels_at(backbone.latent_shape(side, side))
+    for num_steps in (1, 4, 300):
+        mu = compute_empirical_mu(tokens, num_steps)
+        scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)], mu=mu)
+        noise = levels.noise[list(sampling_timesteps("ddim", levels, num_steps))]
+        torch.testing.assert_close(noise.float(), scheduler.sigmas[:-1], atol=1e-6, rtol=1e-5)
+    # the training timesteps have the shift of 200 steps
+    shift = math.exp(compute_empirical_mu(tokens, 200))
+    assert float(levels.noise[499]) == pytest.approx(shift / (1 + shift), rel=1e-5) and len(levels) == 1000
+
+
+def test_condition_equals_the_prompt_of_flux2_klein(tmp_path):
+    case, folder = BY_NAME["flux2"], tiny_llm.tiny_flux2(tmp_path)
+    pipe, size = load_pipeline(case, folder), {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "pt"}
+    arguments = flux2_arguments(pipe, torch.randn(2, 4, 8, 8), 3.0)
+    expected = pipe(**arguments, **size).images
+    states = condition(pipe, arguments.pop("prompt"), encoder=case.encoder_config(folder))
+    assert set(states) == {"prompt_embeds", "negative_prompt_embeds"}
+    torch.testing.assert_close(pipe(**arguments, **states, **size).images, expected, atol=1e-5, rtol=0)
+
+
+def test_flux2_latents_are_normalized_by_the_statistics_of_patches(tmp_path):
+    backbone = BY_NAME["flux2"].build(tiny_llm.tiny_flux2(tmp_path))
+    z, bn = torch.randn(2, 4, 6, 8), backbone.vae.bn
+    latents = backbone.normalize(z)
+    torch.testing.assert_close(latents, torch.pixel_shuffle(bn(torch.pixel_unshuffle(z, 2)), 2))
+    torch.testing.assert_close(backbone.denormalize(latents), z)
+    assert not bn.training
+
+
+def test_flux2_rejects_masks_guidance_and_other_models(tmp_path):
+    backbone = BY_NAME["flux2"].build(tiny_llm.tiny_flux2(tmp_path))
+    masked = Conditioning(torch.randn(1, 2, 48), torch.tensor([[True, False]]))
+    with pytest.raises(ValueError, match=r"FLUX.2's transformer has no attention mask.*pad_to"):
+        backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor([1]), masked)
+    with pytest.raises(ValueError, match=r"takes no guidance scale, got guidance=2"):
+        Flux2Backbone(backbone.denoiser, backbone.vae, {}, resolution=32, guidance=2.0)
+    backbone.vae.register_to_config(latent_channels=5)
+    with pytest.raises(ValueError, match=r"16 input and 16 output channels .*have 20"):
+        Flux2Backbone(backbone.denoiser, backbone.vae, {}, resolution=32, guidance=None)
+
+
 def test_z_image_rejects_what_has_no_position(tmp_path):
-    backbone = CASES[0].build(CASES[0].folder(tmp_path))
+    backbone = BY_NAME["z-image"].build(tiny_llm.tiny_z_image(tmp_path))
     for states, latents, message in ((993, (8, 8), "992 text states, got 993"), (4, (8, 66), r"32 x 32 .* got 4 x 33")):
         with pytest.raises(ValueError, match=message):
             backbone.predict(torch.randn(1, 4, *latents), torch.tensor([1]), Conditioning(torch.randn(1, states, 16)))
 
 
 def test_qwen_image_noise_levels_equal_the_scheduler(tmp_path):
-    folder = CASES[1].folder(tmp_path)
-    backbone = CASES[1].build(folder)
+    folder = tiny_llm.tiny_qwen_image(tmp_path)
+    backbone = BY_NAME["qwen-image"].build(folder)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     for side, tokens in ((32, 16), (256, 1024)):
         mu = 0.5 + (0.9 - 0.5) * (tokens - 256) / (8192 - 256)
@@ -253,7 +342,7 @@ def test_qwen_image_noise_levels_equal_the_scheduler(tmp_path):
 
 
 def test_qwen_image_rejects_other_models(tmp_path):
-    backbone = CASES[1].build(CASES[1].folder(tmp_path))
+    backbone = BY_NAME["qwen-image"].build(tiny_llm.tiny_qwen_image(tmp_path))
     backbone.denoiser.register_to_config(zero_cond_t=True)
     with pytest.raises(ValueError, match=r"does not support transformers with zero_cond_t"):
         QwenImageBackbone(backbone.denoiser, backbone.vae, {}, resolution=32)

@@ -1,9 +1,15 @@
-"""The encoder `llm`, compared with diffusers' pipelines of Z-Image, Qwen-Image and Sana."""
+"""The encoder `llm`, compared with diffusers' pipelines of FLUX.2, Z-Image, Qwen-Image and Sana."""
 
 import diffusers
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    Mistral3ForConditionalGeneration,
+    PixtralProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from longalign.encoders.base import TruncationWarning
 from longalign.registry import ConfigError, encoders
@@ -12,6 +18,8 @@ from longalign.testing.tiny_llm import tiny_llm
 
 PROMPTS = ["a red fox. the sky is green.", "", "a fox"]
 SYSTEM = "Paint this."
+THREE_LAYERS = {"layer": [0, 1, 2], "pad_to": 90}
+NO_THINKING = {"template_variables": {"enable_thinking": False}}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +44,7 @@ def assert_equal_states(conditioning, rows):
 @pytest.mark.parametrize("segmenter", [None, "sentence"])
 def test_llm_conforms(folder, segmenter):
     check_encoder({"name": "llm", "checkpoint": str(folder), "max_tokens": 60, "segmenter": segmenter})
+    check_encoder({"name": "llm", "checkpoint": str(folder), "max_tokens": 60, "segmenter": segmenter, **THREE_LAYERS})
 
 
 def test_llm_equals_z_image_pipeline(folder):
@@ -44,6 +53,46 @@ def test_llm_equals_z_image_pipeline(folder):
     with torch.no_grad():
         rows, _ = pipe.encode_prompt(list(PROMPTS), "cpu", do_classifier_free_guidance=False)
     assert_equal_states(build(folder, layer=-2).encode(PROMPTS), rows)
+
+
+def test_llm_equals_flux2_klein_pipeline(folder):
+    pipe, (model, tokenizer) = diffusers.Flux2KleinPipeline, load(folder)
+    with torch.no_grad():
+        states = pipe._get_qwen3_prompt_embeds(
+            model, tokenizer, PROMPTS, max_sequence_length=90, hidden_states_layers=(0, 1, 2)
+        )
+    conditioning = build(folder, **THREE_LAYERS, **NO_THINKING).encode(PROMPTS)
+    torch.testing.assert_close(conditioning.states, states, rtol=1e-4, atol=1e-5)
+    assert conditioning.mask is None and states.shape == (3, 90, 48)
+
+
+def test_llm_equals_flux2_dev_pipeline(tmp_path):
+    folder = tiny_llm(tmp_path, "mistral3")
+    model, tokenizer = load(folder, Mistral3ForConditionalGeneration)
+    processor = PixtralProcessor.from_pretrained(folder / "tokenizer")
+    with torch.no_grad():
+        states = diffusers.Flux2Pipeline._get_mistral_3_small_prompt_embeds(
+            model, processor, PROMPTS, max_sequence_length=90, system_message=SYSTEM, hidden_states_layers=(0, 1, 2)
+        )
+    encoder = build(folder, system=SYSTEM, **THREE_LAYERS)
+    torch.testing.assert_close(encoder.encode(PROMPTS).states, states, rtol=1e-4, atol=1e-5)
+    assert tokenizer.padding_side == "left" and states[1].std() > 0
+    assert not any("vision" in name for name, _ in encoder.named_parameters())
+
+
+def test_llm_padding_states_fill_prompts_of_segments(folder):
+    encoder, prompt = build(folder, segmenter="sentence", pad_to=90), "A red fox. The sky."
+    unpadded = build(folder, segmenter="sentence").encode([prompt]).states[0]
+    states = encoder.encode([prompt]).states
+    torch.testing.assert_close(states[0, : len(unpadded)], unpadded)
+    # the padding follows the last segment
+    alone = build(folder).encode(["The sky."]).states.shape[1]
+    expected = build(folder, pad_to=90 - len(unpadded) + alone).encode(["The sky."]).states[0, alone:]
+    torch.testing.assert_close(states[0, len(unpadded) :], expected)
+    longer = encoder.encode([prompt, prompt + " A wall is red." * 5])
+    assert longer.states.shape[1] > 90 and longer.mask is None
+    torch.testing.assert_close(longer.states[:1, :90], states)
+    assert torch.equal(longer.states[0, 90:], longer.states[:1, 89].expand_as(longer.states[0, 90:]))
 
 
 def test_llm_equals_qwen_image_pipeline(tmp_path):
@@ -118,6 +167,8 @@ def test_llm_rejects_wrong_settings(folder, tmp_path):
         ({"template": "no place"}, r"one \{\}"),
         ({"template": "{} and {}"}, r"got 2"),
         ({"template": "{}", "system": SYSTEM}, r"'system' requires"),
+        ({"template": "a {}", **NO_THINKING}, r"'template_variables' requires"),
+        ({"layer": []}, r"layer"),
     ):
         with pytest.raises(ConfigError, match=message):
             build(folder, **settings)
@@ -125,6 +176,10 @@ def test_llm_rejects_wrong_settings(folder, tmp_path):
         ({"template": "{}"}, "no state of an empty prompt"),
         ({"max_tokens": 1024}, r"at most 10\d\d"),
         ({"layer": -4}, "2 layers"),
+        ({"layer": [1, 3]}, r"layer 3 .*from -3 to 2"),
+        ({"pad_to": 1025}, "at most 1024"),
+        ({"template_variables": {"thinking": False}}, "no variable thinking"),
+        ({"template_variables": {"messages": []}}, "no variable messages"),
     ):
         with pytest.raises(ValueError, match=message):
             build(folder, **settings)

@@ -171,6 +171,19 @@ def test_terminal_noise_level_of_any_number_of_steps():
         sampling_timesteps("ddim", levels, 5)
 
 
+def test_shift_of_a_schedule_depends_on_its_number_of_steps():
+    shifts = torch.tensor([1.0, 3.0, 2.0, 1.0])
+    levels = NoiseLevels.from_flow(4, shift=2.0, schedule_shifts=shifts)
+    # s = shift u / (1 + (shift - 1) u)
+    for num_steps, noise in {2: [1.0, 0.75], 3: [1.0, 0.8, 0.5]}.items():
+        timesteps = sampling_timesteps("ddim", levels, num_steps)
+        torch.testing.assert_close(levels.noise[list(timesteps)], torch.tensor(noise, dtype=torch.float64))
+    assert len(levels) == 4 and levels.noise[1] == pytest.approx(2 / 3)
+    terminal = NoiseLevels.from_flow(4, terminal=0.1, schedule_shifts=shifts)
+    noise = terminal.noise[list(sampling_timesteps("ddim", terminal, 3))]
+    torch.testing.assert_close(noise, torch.tensor([1.0, 1 - 0.2 * 0.9 / 0.5, 0.1], dtype=torch.float64))
+
+
 def test_sample_timesteps_densities():
     torch.manual_seed(0)
     uniform, normal = (sample_timesteps(d, LEVELS, 20_000, torch.device("cpu")) for d in ("uniform", "logit-normal"))

@@ -53,6 +53,18 @@ def tiny_flux():
     return diffusers.FluxPipeline(flow(), kl(), transformer=transformer, **NO_TEXTS)
 
 
+def tiny_flux2(name):
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=12, axes_dims_rope=(2, 2, 2, 2), **HEADS,
+        guidance_embeds=name == "Flux2Pipeline",
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLFlux2(
+        norm_num_groups=4, block_out_channels=(4, 4), latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    return getattr(diffusers, name)(flow(), vae, None, None, transformer)
+
+
 def tiny_chroma():
     transformer = diffusers.ChromaTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, joint_attention_dim=12, axes_dims_rope=(2, 2, 4),
@@ -113,6 +125,8 @@ def tiny_z_image():
 
 RUN = {
     "FluxPipeline": (tiny_flux, [Random(12, 10, masked=False)]),
+    "Flux2Pipeline": (lambda: tiny_flux2("Flux2Pipeline"), [Random(12, masked=False)]),
+    "Flux2KleinPipeline": (lambda: tiny_flux2("Flux2KleinPipeline"), [Random(12, masked=False)]),
     "ChromaPipeline": (tiny_chroma, [Random(12)]),
     "PixArtAlphaPipeline": (lambda: tiny_pixart("PixArtAlphaPipeline"), [Random(12)]),
     "PixArtSigmaPipeline": (lambda: tiny_pixart("PixArtSigmaPipeline"), [Random(12, masked=False)]),

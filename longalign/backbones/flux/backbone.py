@@ -9,7 +9,14 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor
 
-from longalign.backbones.flow import FlowBackbone, check_joint_conditioning, pack, unpack
+from longalign.backbones.flow import (
+    FlowBackbone,
+    check_joint_conditioning,
+    embedded_guidance,
+    image_positions,
+    pack,
+    unpack,
+)
 from longalign.backbones.flux.config import FluxConfig
 from longalign.backbones.stable_diffusion.loading import load_parts
 from longalign.encoders.base import Conditioning
@@ -49,9 +56,7 @@ class FluxBackbone(FlowBackbone):
                 f"the transformer has {config.in_channels} input and {transformer.out_channels} output channels, but "
                 f"tokens of 2 x 2 latents have {channels}; use a text-to-image model in the layout of FLUX.1"
             )
-        if guidance is not None and not config.guidance_embeds:
-            raise ValueError(f"this transformer takes no guidance scale, got guidance={guidance}; set guidance to null")
-        self.guidance = (GUIDANCE if guidance is None else guidance) if config.guidance_embeds else None
+        self.guidance = embedded_guidance(config.guidance_embeds, guidance, GUIDANCE)
         super().__init__(transformer, vae, scheduler, resolution=resolution)
 
     @classmethod
@@ -80,15 +85,7 @@ class FluxBackbone(FlowBackbone):
             timestep=times,
             guidance=None if self.guidance is None else torch.full_like(times, self.guidance),
             txt_ids=torch.zeros(conditioning.states.shape[1], 3, device=device),
-            img_ids=_positions(height // 2, width // 2, device),
+            img_ids=image_positions(height // 2, width // 2, 3, device),
             return_dict=False,
         )[0]
         return unpack(output, height).to(latents.dtype)
-
-
-def _positions(height: int, width: int, device: torch.device) -> Tensor:
-    """Returns the positions ``(height * width, 3)`` of ``height`` by ``width`` image tokens: 0, row and column."""
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
-    )
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from longalign.encoders.config import LoadedConfig
 from longalign.registry import Part
@@ -18,8 +18,10 @@ class LlmConfig(LoadedConfig):
     """Encodes prompts with the hidden states of a causal language model, or of a vision-language model without images.
 
     The prompt is placed in a template. Settings of published models: for Z-Image, the defaults with ``layer: -2``; for
-    Qwen-Image, ``system`` and ``prefix: none``; for Sana, ``template``, ``prefix: first`` and ``lowercase: true``. The
-    values of ``system`` and ``template`` are not part of this package; docs/pipelines.md says where to get them.
+    Qwen-Image, ``system`` and ``prefix: none``; for Sana, ``template``, ``prefix: first`` and ``lowercase: true``; for
+    FLUX.2-klein, ``layer: [9, 18, 27]``, ``pad_to: 512`` and ``template_variables: {enable_thinking: false}``; for
+    FLUX.2-dev, ``layer: [10, 20, 30]``, ``pad_to: 512`` and ``system``. The values of ``system`` and ``template`` are
+    not part of this package; docs/pipelines.md says where to get them.
     """
 
     target: ClassVar[str] = "longalign.encoders.llm.encoder:LlmEncoder"
@@ -31,18 +33,26 @@ class LlmConfig(LoadedConfig):
     """
     system: str | None = None
     """system message for the chat template; null: the one that the chat template contains, if any."""
+    template_variables: dict[str, JsonValue] = Field(default={})
+    """values of variables of the chat template, e.g. ``{enable_thinking: false}`` for that of Qwen3."""
     prefix: Literal["all", "first", "none"] = "all"
     """which states of the template before the prompt are kept: all, that of the first token, or none. The states of the
     template after the prompt are kept in any case.
     """
-    layer: int = Field(default=-1, le=-1)
-    """layer whose states are used, counted from the end; -1: the last layer, after the final normalization; -2: the
-    layer before the last.
+    layer: int | Annotated[list[int], Field(min_length=1)] = -1
+    """layer whose states are used, as an index of transformers' ``hidden_states``. 0: the embeddings; 9: the ninth
+    layer; -1: the last layer, after the final normalization; -2: the layer before the last. The states of a list of
+    layers are concatenated along the width.
     """
     lowercase: bool = False
     """whether prompts are converted to lower case."""
     max_tokens: int = Field(default=512, ge=1)
     """maximum number of tokens of the prompt, or of a segment, per forward pass, without those of the template."""
+    pad_to: int | None = Field(default=None, ge=1)
+    """number of states to which shorter prompts are padded, for denoisers without an attention mask. The states of the
+    padding are those of the tokenizer's padding token, on its padding side. No state is masked. In a batch with longer
+    prompts, the last state is repeated. null: prompts are padded to the longest one of the batch, with a mask.
+    """
     segmenter: Part("segmenters") | None = None  # type: ignore[valid-type]
     """how prompts are split into segments, such as sentences. Each segment is encoded separately in the template, and
     the states are concatenated. Segments of more than ``max_tokens`` tokens are split. null: the prompt is encoded as a
@@ -62,4 +72,15 @@ class LlmConfig(LoadedConfig):
             )
         if self.template != CHAT and self.system is not None:
             raise ValueError(f"'system' requires `template: {CHAT}`; write the system message into the template")
+        if self.template != CHAT and self.template_variables:
+            raise ValueError(f"'template_variables' requires `template: {CHAT}`; remove it")
         return self
+
+    def widths(self) -> tuple[int | None, int | None]:
+        width, pooled = super().widths()
+        return None if width is None else width * len(self.layers), pooled
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose states are concatenated."""
+        return (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)

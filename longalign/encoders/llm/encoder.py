@@ -1,9 +1,9 @@
-"""Encoding with the hidden states of a language model, as Qwen-Image, Z-Image and Sana need."""
+"""Encoding with the hidden states of a language model, as FLUX.2, Qwen-Image, Z-Image and Sana need."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,9 @@ from longalign.runtime import Runtime, resolve_checkpoint
 from longalign.segmenters import Prompt, Segmenter, check_prompts, plain_text, split
 from longalign.tokens import TextTokens
 
+_PADDING = -1
+"""Stands for a padding token, which is masked. The tokenizer's own may also be part of a template."""
+
 
 class LlmEncoder(Encoder):
     """Encodes prompts, each inside a template, with a frozen language model.
@@ -28,23 +31,30 @@ class LlmEncoder(Encoder):
     concatenated; template states are kept only before the first and after the last segment. A batch is padded to the
     longest prompt, with a mask. The model is causal, so a prompt's states do not depend on the padding.
 
+    With ``pad_to``, the states of padding tokens are used instead, without a mask. The padding tokens belong to the
+    last pass of a prompt, or to the first one if the tokenizer pads on the left. The language model's attention masks
+    them. If a batch has longer prompts, the last state of shorter ones is repeated.
+
     Args:
         model: a causal transformers model without a head, e.g. a ``Qwen3Model``.
         tokenizer: the model's fast tokenizer.
         segmenter: splits a prompt into segments; None encodes the whole prompt.
         template: ``"chat"`` for the tokenizer's chat template, or a text with ``{}`` in place of the prompt.
         system: system message for the chat template; None for that of the chat template, if any.
+        template_variables: values of variables of the chat template.
         prefix: which states of the template before the prompt are kept: ``"all"``, ``"first"`` or ``"none"``.
-        layer: layer whose states are used, counted from the end: -1 for the last one, after the final normalization.
+        layers: layers whose states are concatenated along the width, as indices of transformers' ``hidden_states``: -1
+            for the last one, after the final normalization.
         lowercase: whether prompts are converted to lower case.
         max_tokens: maximum number of tokens of the prompt, or of a segment, per forward pass, without the template's.
+        pad_to: number of states to which shorter prompts are padded without a mask; None pads with a mask.
         overflow: what to do with longer prompts without a segmenter: ``"truncate"`` truncates with a warning,
             ``"error"`` raises.
         max_batch_tokens: maximum number of tokens, including template and padding, per call of the model.
 
     Raises:
         ValueError: if the chat template cannot be used, no state of an empty prompt would be kept, ``max_tokens`` plus
-            the tokens of the template exceed the model's positions, or the model has no such ``layer``.
+            the tokens of the template or ``pad_to`` exceed the model's positions, or the model has no such layer.
     """
 
     def __init__(
@@ -55,26 +65,30 @@ class LlmEncoder(Encoder):
         *,
         template: str,
         system: str | None,
+        template_variables: Mapping[str, Any],
         prefix: Literal["all", "first", "none"],
-        layer: int,
+        layers: Sequence[int],
         lowercase: bool,
         max_tokens: int,
+        pad_to: int | None,
         overflow: Literal["truncate", "error"],
         max_batch_tokens: int,
     ):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         config: Any = model.config
-        self.dim = config.hidden_size
+        self.dim = config.hidden_size * len(layers)
         self.tokens = TextTokens(tokenizer, config.vocab_size)
         if template == CHAT:
-            self.template = Template(self.tokens, *chat_template(tokenizer, system), add_special_tokens=False)
+            before, after = chat_template(tokenizer, system, template_variables)
+            self.template = Template(self.tokens, before, after, add_special_tokens=False)
         else:
             before, _, after = template.partition(SLOT)
             self.template = Template(self.tokens, before, after, add_special_tokens=True)
         self.segmenter = segmenter
-        self.prefix, self.layer, self.lowercase = prefix, layer, lowercase
+        self.prefix, self.layers, self.lowercase = prefix, tuple(layers), lowercase
         self.max_tokens, self.overflow, self.max_batch_tokens = max_tokens, overflow, max_batch_tokens
+        self.pad_to = pad_to
         (empty,) = self.template([""])
         if not self._kept_before(empty) + len(empty.after):
             raise ValueError(
@@ -87,10 +101,16 @@ class LlmEncoder(Encoder):
                 f"max_tokens {max_tokens} and the {num_tokens} tokens of the template exceed the model's {positions} "
                 f"positions; set max_tokens to at most {positions - num_tokens}"
             )
-        if -layer > config.num_hidden_layers + 1:
+        dropped = len(empty.before) - self._kept_before(empty)
+        if pad_to is not None and pad_to + dropped > positions:
             raise ValueError(
-                f"layer {layer} does not exist in a model of {config.num_hidden_layers} layers; set layer to a value "
-                f"from {-config.num_hidden_layers - 1} to -1"
+                f"pad_to {pad_to} exceeds the model's {positions} positions; set it to at most {positions - dropped}"
+            )
+        last = config.num_hidden_layers
+        if missing := [layer for layer in layers if not -last - 1 <= layer <= last]:
+            raise ValueError(
+                f"layer {missing[0]} does not exist in a model of {last} layers; set layer to values from "
+                f"{-last - 1} to {last}"
             )
 
     @classmethod
@@ -111,10 +131,12 @@ class LlmEncoder(Encoder):
             None if config.segmenter is None else config.segmenter.build(runtime),
             template=config.template,
             system=config.system,
+            template_variables=config.template_variables,
             prefix=config.prefix,
-            layer=config.layer,
+            layers=config.layers,
             lowercase=config.lowercase,
             max_tokens=config.max_tokens,
+            pad_to=config.pad_to,
             overflow=config.overflow,
             max_batch_tokens=config.max_batch_tokens,
         )
@@ -124,32 +146,38 @@ class LlmEncoder(Encoder):
         reports = tuple(map(self._report, plans))
         advice = "raise max_tokens, or set a segmenter, e.g. 'sentence'"
         raise_or_warn_truncated(reports, self.overflow, f"{self.max_tokens} tokens", advice)
-        rows = [(*row.before, *row.text.ids[: self._limit], *row.after) for plan in plans for row in plan]
+        passes = [self._passes(plan) for plan in plans]
         states, row_starts = run_grouped(
             self._run,
-            rows,
-            pad_id=self.tokens.pad_id,
+            [ids for prompt in passes for ids, _ in prompt],
+            pad_id=_PADDING,
             device=device_of(self.model),
             max_batch_tokens=self.max_batch_tokens,
         )
         starts = iter(row_starts)
-        indices = []
-        for plan in plans:
-            spans = [torch.tensor(self._kept(plan, i)) + next(starts) for i in range(len(plan))]
-            indices.append(torch.cat(spans))
+        indices = [torch.cat([torch.tensor(kept) + next(starts) for _, kept in prompt]) for prompt in passes]
         index = torch.stack(pad_with_last(indices))
+        padded = states[index.to(states.device)]
+        if self.pad_to is not None:
+            return Conditioning(padded, reports=reports)
         lengths = torch.tensor([len(kept) for kept in indices])
         mask = (torch.arange(index.shape[1]) < lengths[:, None]).to(states.device)
-        return Conditioning(states[index.to(states.device)] * mask[..., None], mask, reports=reports)
+        return Conditioning(padded * mask[..., None], mask, reports=reports)
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         return list(map(self._report, self._plans(prompts)))
 
-    def _run(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, _: Tensor) -> Tensor:
+        is_padding, last = ids == _PADDING, self.layers == (-1,)
         output = self.model(
-            input_ids=ids, attention_mask=attention_mask.long(), use_cache=False, output_hidden_states=self.layer != -1
+            input_ids=ids.masked_fill(is_padding, self.tokens.pad_id),
+            attention_mask=(~is_padding).long(),
+            use_cache=False,
+            output_hidden_states=not last,
         )
-        return output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]
+        if last:
+            return output.last_hidden_state
+        return torch.cat([output.hidden_states[layer] for layer in self.layers], dim=-1)
 
     def _plans(self, prompts: Sequence[Prompt]) -> list[list[TemplateRow]]:
         """Returns the tokens of each prompt in the template: one row, or one row per segment."""
@@ -162,6 +190,21 @@ class LlmEncoder(Encoder):
             passes.append([segment for segment in segments if segment.strip()] or [""])
         rows = iter(self.template([text.lower() if self.lowercase else text for texts in passes for text in texts]))
         return [[next(rows) for _ in texts] for texts in passes]
+
+    def _passes(self, plan: Sequence[TemplateRow]) -> list[tuple[tuple[int, ...], list[int]]]:
+        """Returns the ids of each pass of a prompt, and the positions whose states are kept."""
+        rows = [(*row.before, *row.text.ids[: self._limit], *row.after) for row in plan]
+        kept = [self._kept(plan, i) for i in range(len(plan))]
+        missing = (self.pad_to or 0) - sum(map(len, kept))
+        if missing > 0:
+            padding = (_PADDING,) * missing
+            if self.tokens.tokenizer.padding_side == "left":
+                rows[0] = padding + rows[0]
+                kept[0] = [*range(missing), *(position + missing for position in kept[0])]
+            else:
+                kept[-1] += range(len(rows[-1]), len(rows[-1]) + missing)
+                rows[-1] += padding
+        return list(zip(rows, kept, strict=True))
 
     @property
     def _limit(self) -> int:

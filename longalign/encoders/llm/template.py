@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,26 +30,35 @@ class TemplateRow:
     after: tuple[int, ...]
 
 
-def chat_template(tokenizer: Any, system: str | None) -> tuple[str, str]:
+def chat_template(tokenizer: Any, system: str | None, variables: Mapping[str, Any]) -> tuple[str, str]:
     """Returns two parts of a chat in the tokenizer's template: before the user's message, and after it up to the reply.
 
     Args:
         tokenizer: a transformers tokenizer.
         system: text of the system message; None passes no system message to the chat template.
+        variables: values of variables of the chat template.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or the chat template rejects the messages or does not contain
-            the user's message exactly once.
+        ValueError: if the tokenizer has no chat template, or the chat template rejects the messages, does not contain
+            the user's message exactly once, or has no such variable.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "encoder.template is 'chat', but the tokenizer has no chat template; set template to a text with {} in "
             "place of the prompt"
         )
+    source = str(tokenizer.chat_template)
+    unknown = [name for name in variables if name == "messages" or not re.search(rf"\b{re.escape(name)}\b", source)]
+    if unknown:
+        raise ValueError(
+            f"encoder.template_variables: the tokenizer's chat template has no variable {', '.join(unknown)} to set; "
+            "remove it"
+        )
     messages = [] if system is None else [{"role": "system", "content": system}]
+    settings = {"add_generation_prompt": True, **variables}
     try:
         text = tokenizer.apply_chat_template(
-            [*messages, {"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+            [*messages, {"role": "user", "content": _MARK}], tokenize=False, **settings
         )
     except TemplateError as error:
         raise ValueError(
