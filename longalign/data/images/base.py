@@ -131,10 +131,10 @@ class ImageDataset(Data):
 
     def source(self, index: int) -> Path | bytes:
         """Returns the path of the image file of item ``index`` (non-negative), or the bytes of such a file."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method source; implement it")
 
     def label(self, index: int) -> Hashable:
-        """Returns the name of the image of item ``index`` (non-negative) in messages; by default its `source`."""
+        """Returns the name of the image of item ``index`` (non-negative) for messages; by default its `source`."""
         return self.source(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -167,7 +167,8 @@ class ImageDataset(Data):
 
         Args:
             index: non-negative index of the item.
-            bucket: index in `buckets` of the size of the returned image; None for the bucket of the image itself.
+            bucket: index in `buckets` of the size of the returned image; None for the size with the aspect ratio
+                nearest to that of the stored image.
         """
         label = self.label(index)
         bucket = self.bucket(index) if bucket is None else bucket
