@@ -179,7 +179,7 @@ def _measured(
     if prompts is not None:
         texts = list(prompts)
         if not texts:
-            raise ValueError("expected at least one prompt, got none; give prompts")
+            raise ValueError("expected at least one prompt, got none; give prompts, or None for held-out ones")
     else:
         texts = None if base.data is None else base.data.held_out(count)
         if texts is None:

@@ -220,6 +220,9 @@ def tabulate(
         prompts: the ``n`` prompts.
         metrics: the metrics, in the order of the observations.
         seeds: the ``n`` noise seeds; empty if unknown.
+
+    Raises:
+        ValueError: if two metrics have a value of the same name.
     """
     values: dict[str, dict[str, np.ndarray]] = {model: {} for model in observed}
     sets: dict[str, dict[str, np.ndarray]] = {model: {} for model in observed}

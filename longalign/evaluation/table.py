@@ -113,7 +113,7 @@ class MetricTable:
         return [m for m in dict.fromkeys(m for row in rows for m in row) if m.startswith(metric + "/")]
 
     def value(self, metric: str) -> Value:
-        """Returns the unit of a metric or submetric, and whether higher or lower is better."""
+        """Returns the `Value` of a metric or submetric: its unit, and whether higher or lower is better."""
         return value_of(metric, self.units)
 
     def label(self, metric: str) -> str:

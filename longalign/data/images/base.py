@@ -92,7 +92,7 @@ class ImageLoader:
     def load(self, name: Hashable, source: Path | bytes, bucket: int = 0) -> Tensor:
         """Loads an image as float32 ``(3, h, w)`` in [0, 1], centre-cropped and resized to the size of a bucket.
 
-        The image is rotated by its EXIF orientation first.
+        Before that, the image is rotated by its EXIF orientation.
 
         Args:
             name: name of the image in messages.

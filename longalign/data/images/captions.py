@@ -102,7 +102,7 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
             continue
         where = f"row {i} of {config.captions}"
         if not isinstance(path, str):
-            raise ValueError(f"{where}: 'path' must be a string, got {path!r:.60}")
+            raise ValueError(f"{where}: 'path' must be a string, got {path!r:.60}; correct this row")
         if not caption_from_cell(caption, where):
             empty += 1
             if config.empty == "skip":

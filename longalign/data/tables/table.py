@@ -146,7 +146,7 @@ def image_source(value: Any, folder: Path | None) -> Path | bytes:
         except Exception as error:  # PIL decodes lazily, so any decoding error can occur here
             raise ValueError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
         return buffer.getvalue()
-    raise ValueError(f"expected an image, its bytes or its path, got {value!r:.60}")
+    raise ValueError(f"expected an image, its bytes or its path in the cell, got {value!r:.60}")
 
 
 def caption_from_cell(value: Any, where: str = "") -> str:
