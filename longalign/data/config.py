@@ -55,7 +55,7 @@ class DataConfig(PartConfig):
     def for_backbone(self, backbone: BackboneConfig | None) -> Self:
         """Returns this config, or if it sets no image size, a copy with the backbone's native resolution.
 
-        The default, for data without sizes to set, returns this config unchanged.
+        The default is for data that needs no image size, and returns this config unchanged.
 
         Args:
             backbone: config of the run's backbone; None for a run without one.

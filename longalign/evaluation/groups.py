@@ -73,7 +73,7 @@ def labels(prompts: PromptSet, name: str, texts: Sequence[str]) -> list[tuple[st
 
 
 def label_names(prompts: PromptSet) -> list[str]:
-    """Returns the names of a prompt set's labels, e.g. ``["category", "length"]``, by their first use in a prompt."""
+    """Returns the names of a prompt set's labels, e.g. ``["category", "length"]``, in order of first occurrence."""
     return list(dict.fromkeys(name for prompt in prompts.prompts for name in prompt.labels))
 
 

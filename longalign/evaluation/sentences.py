@@ -39,9 +39,9 @@ class Sentences:
 
 
 def sentence_metrics(metrics: Sequence[Metric]) -> tuple[FactMetric | None, RewardMetric | None]:
-    """Returns the metrics that measure sentences: the first `FactMetric`, and the first `RewardMetric` with segments.
+    """Returns the metrics that measure sentences, each None if ``metrics`` has no such metric.
 
-    Each is None if ``metrics`` has none. With segments means that the attribute ``segments`` is True.
+    They are the first `FactMetric`, and the first `RewardMetric` whose attribute ``segments`` is True.
     """
     facts = next((m for m in metrics if isinstance(m, FactMetric)), None)
     return facts, next((m for m in metrics if isinstance(m, RewardMetric) and m.segments), None)

@@ -146,7 +146,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}; give {EXPECTED}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} contains a {type(data).__name__}; not a JSON object; expected {EXPECTED}")
+        raise ValueError(f"{path} contains a {type(data).__name__}, not a JSON object; expected {EXPECTED}")
     return data
 
 
