@@ -49,7 +49,7 @@ class Cell:
     def folder(self) -> str:
         """Folder name of the cell: the cell's name, if it is a valid file name of at most `LONGEST` characters.
 
-        Otherwise invalid characters are replaced, the name is truncated, and a hash of the name is appended.
+        In any other name, invalid characters are replaced, the end is cut off, and a hash of the name is appended.
         """
         text = re.sub(r"[^\w.=,+-]+", "_", self.name).strip("_.") or "cell"
         if text == self.name and len(text) <= LONGEST:
@@ -141,20 +141,22 @@ def read_cells(path: str | Path) -> dict[str, Any]:
 def make_cells(
     base: RunConfig, vary: Mapping[str, Sequence[Any]] | None, cells: Any = None, train: bool = True
 ) -> list[Cell]:
-    """Returns the checked cells of an ablation; tables compare the others with the first one.
+    """Returns the checked cells of an ablation. Tables compare each other cell with the first one.
 
-    Exactly one of ``vary`` and ``cells`` is set.
+    Exactly one of ``vary`` and ``cells`` must be given.
 
     Args:
         base: the base config.
         vary: dotted path of a config key -> values. The cells are all combinations of the values; the last path varies
             fastest.
-        cells: name of a cell -> its `Changes`, or a list of `Changes`, which also name the cells.
+        cells: name of a cell -> its `Changes`, or a list of `Changes`, one per cell. From these, names such as
+            ``lr=0.1,rank=8`` are made.
         train: whether cells whose config has a trainer are trained; False trains no cell.
 
     Raises:
-        ConfigError: if a cell's config is invalid, sets ``seed`` or ``output``, or equals that of an earlier cell; the
-            problems of all cells are listed. Also if both or neither of ``vary`` and ``cells`` are set.
+        ConfigError: if a cell's config is invalid or equals that of an earlier cell, or its changes set ``seed`` or
+            ``output``; the problems of all cells are listed. Also if both or neither of ``vary`` and ``cells`` are
+            given.
     """
     if (vary is None) == (cells is None):
         raise ConfigError(

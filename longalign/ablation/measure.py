@@ -54,13 +54,13 @@ def merge(table: MetricTable, runs: Mapping[str, tuple[Cell, int | None]], seeds
     """Merges a table with one model per run into a table with one model per cell, named by the cell.
 
     The values of a cell are concatenated over training seeds, with NaN for a missing run. The values of a cell that is
-    not trained are repeated for each training seed. Values that only a set of images has are averaged over training
-    seeds. Each cell is compared with the first one only.
+    not trained are repeated for each training seed. Values that only a set of images has, such as a Frechet distance,
+    are averaged over training seeds. In the result, each cell is compared with the first one only.
 
     Args:
         table: the values of each run.
         runs: name of a model of ``table`` -> its cell and training seed; the seed is None if the cell is not trained.
-        seeds: the training seeds of the ablation.
+        seeds: the training seeds of the ablation; those without any run are left out.
     """
     of = {(cell.name, seed): model for model, (cell, seed) in runs.items()}
     cells = {cell.name: cell for cell, _ in runs.values()}

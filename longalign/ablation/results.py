@@ -28,8 +28,9 @@ def write_results(
 ) -> MetricTable:
     """Measures the finished runs and writes ``table.json``, ``table.csv``, ``table.md`` and ``report.html``.
 
-    The report is made from the files in ``output``, the folder of the ablation, as by ``longalign report``; so
-    ``ablation.json`` must exist there. The other arguments are those of `measure_runs`. Returns the metric table.
+    ``output`` is the folder of the ablation, into which the files are written. It must contain ``ablation.json``, since
+    the report is made from this folder as by ``longalign report``. The other arguments are as for `measure_runs`.
+    Returns the metric table.
     """
     table = measure_runs(runs, seeds, metrics, batch_size, prompts)
     lead = (

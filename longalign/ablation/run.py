@@ -106,8 +106,8 @@ def ablate(
     Raises:
         ConfigError: if a cell is invalid, listing the problems of all cells; if a metric is invalid; or if ``prompts``
             is None and the data has no held-out prompts.
-        ValueError: if ``metrics``, ``prompts`` or ``seeds`` is empty, or if ``output`` has an ablation with a different
-            base config, prompts or sampling; the message lists the differences.
+        ValueError: if ``metrics``, ``prompts`` or ``seeds`` is empty, if a training seed occurs twice, or if ``output``
+            has an ablation with a different base config, prompts or sampling; the message lists the differences.
     """
     base, output = load_config(base), Path(output)
     check_folder(output)
@@ -179,7 +179,7 @@ def _measured(
     if prompts is not None:
         texts = list(prompts)
         if not texts:
-            raise ValueError("expected at least one prompt, got none; give prompts")
+            raise ValueError("expected at least one prompt, got none; give prompts, or None for held-out ones")
     else:
         texts = None if base.data is None else base.data.held_out(count)
         if texts is None:

@@ -35,12 +35,12 @@ def run_all(runs: Sequence[Run], jobs: int, devices: Sequence[str | None], prepa
         runs: the runs to execute.
         jobs: number of runs at a time. 1 executes them in this process; otherwise each run has its own process, whose
             output is in ``log.txt`` of the run's folder.
-        devices: torch devices to distribute the runs over; None is the default device. With one job, only the first
-            device is used.
+        devices: torch devices to distribute the runs over; an element None is the default device. With one job, only
+            the first device is used.
         prepare: called before a run starts, see `Prepare`.
 
     Returns:
-        Whether all runs ended by themselves; False after Ctrl-C, SIGTERM or SIGHUP.
+        True if every run finished or failed; False if Ctrl-C, SIGTERM or SIGHUP stopped them.
     """
     progress = _Progress(len(runs))
     if jobs == 1:

@@ -25,12 +25,12 @@ FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 
 
 def execute(folder: Path, job: Mapping[str, Any]) -> str:
-    """Trains and samples a run, and writes ``result.json``. Training resumes where it stopped.
+    """Trains the model of a run, generates its images, and writes ``result.json``. Training resumes where it stopped.
 
-    If the config has ``monitor.keep_best``, the best checkpoint is sampled, otherwise the last one.
+    The images are generated with the best checkpoint if the config has ``monitor.keep_best``, else with the last one.
 
     Args:
-        folder: folder of the run.
+        folder: folder of the run, for the images and ``result.json``. Training writes to the config's ``output``.
         job: ``config`` (plain values), ``train`` (whether to train), ``prompts``, ``sampling`` (keyword arguments of
             `longalign.inference.sampling.generate`) and ``device`` (a torch device, or None for the default).
 
@@ -73,10 +73,10 @@ def fail(folder: Path, error: str, details: str = "") -> None:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Returns ``result.json`` of a run; without this file, only a status "pending".
+    """Returns the content of ``result.json`` in the folder of a run, or ``{"status": "pending"}`` without this file.
 
-    ``status`` is "finished", with ``seconds`` and ``checkpoint`` (relative to the folder; None without training), or
-    "failed", with ``error`` and ``traceback``.
+    In the file, ``status`` is "finished", with the duration ``seconds`` and the path ``checkpoint`` (relative to the
+    folder; None without training), or "failed", with the texts ``error`` and ``traceback``.
     """
     path = folder / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "pending"}

@@ -15,8 +15,8 @@ class Data(Dataset[dict[str, Any]]):
     """Base class of map-style data. Subclasses implement ``__len__`` and ``__getitem__``.
 
     An item is ``{"prompt": str, "image": float32 (3, h, w) in [0, 1]}``. Items of prompt-only data have no ``image``;
-    those of preference data have two, see `longalign.data.Pairs`. Item i must be the same on every read: seed any
-    randomness with the index, so that a resumed run sees the same data.
+    items of preference data have two images in ``image``, see `longalign.data.Pairs`. Item i must be the same on every
+    read: seed any randomness with the index, so that a resumed run sees the same data.
     """
 
     #: whether items have an image
@@ -31,10 +31,10 @@ class Data(Dataset[dict[str, Any]]):
         return ()
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no __len__; implement it")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no __getitem__; implement it")
 
     def prompt(self, index: int) -> str:
         """Returns the prompt of an item, without loading or rendering its image."""
@@ -50,18 +50,21 @@ class Data(Dataset[dict[str, Any]]):
     # Used by caches
 
     def load_item(self, index: int) -> dict[str, Any] | None:
-        """Returns item ``index``, or None if its image cannot be read, so that ``data[index]`` is a later item."""
+        """Returns item ``index``, or None if its image cannot be read. In this case, ``data[index]`` is a later item.
+
+        The default returns ``data[index]``, for data whose images can always be read.
+        """
         return self[index]
 
     def image_key(self, index: int) -> bytes:
-        """Returns a 16-byte hash of what an item's image is made from: the bytes of its file, or its pixels."""
+        """Returns a 16-byte hash of the bytes of an item's image file, or of the pixels if the image is in no file."""
         return key_of(self[index]["image"].contiguous().numpy().tobytes())
 
     def image_stamp(self, index: int) -> int:
         """Returns an integer that changes when an item's image may have changed.
 
-        For a file, this is a hash of its size and modification time. 0 means that no file is read, because the config
-        alone determines the image.
+        For an image file, this is a hash of its size and modification time; for an image in a table, a hash of its
+        bytes. 0, the default, means that the config alone determines the image.
         """
         return 0
 
@@ -69,7 +72,7 @@ class Data(Dataset[dict[str, Any]]):
 def spread_indices(count: int, number: int = 32) -> list[int]:
     """Returns up to ``number`` evenly spaced indices from 0 to ``count - 1``, both included, in ascending order.
 
-    Only these items are checked for changes of the data, since a check of all would be slow.
+    Caches check only the items with these indices for changes, since checking all items would be slow.
     """
     return sorted({i * (count - 1) // (number - 1) for i in range(number)}) if count else []
 

@@ -50,10 +50,14 @@ class CachedImages(Data):
 
     @classmethod
     def load(cls, data: Data, store: Store) -> CachedImages:
-        """Builds the dataset of ``data`` with the item list in the folder of ``store``, see `write_items`.
+        """Builds the cached version of ``data``.
+
+        Args:
+            data: the uncached data.
+            store: the posteriors. The folder of the store must have the item list that `write_items` wrote.
 
         Raises:
-            ValueError: if the folder has no item list, or the data changed since it was written.
+            ValueError: if the folder has no item list, or the data changed since the list was written.
         """
         return cls(data, store, *read_items(store.folder))
 
@@ -97,7 +101,8 @@ class CachedImages(Data):
 def write_posterior(store: Store, key: bytes, posterior: Tensor) -> None:
     """Adds a posterior ``(2c, h, w)`` to ``store`` under ``key``.
 
-    The posterior is flattened, since the entries of a store may differ only in the size of their first dimension.
+    The posterior is stored flat, with its shape beside it, since the tensors of one name in a store may differ only in
+    the size of their first dimension.
     """
     store.add(key, {"posterior": posterior.flatten(), "shape": torch.tensor(posterior.shape)})
 

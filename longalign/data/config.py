@@ -35,7 +35,7 @@ class DataConfig(PartConfig):
 
     @property
     def has_images(self) -> bool:
-        """Whether items have an image; otherwise only a prompt."""
+        """Whether items have an image. If not, they have only a prompt."""
         return True
 
     @property
@@ -45,27 +45,31 @@ class DataConfig(PartConfig):
 
     @property
     def image_sizes(self) -> Mapping[str, Sequence[Size]]:
-        """Image sizes that the backbone must support, as config key -> sizes that the key sets.
+        """Image sizes that the backbone must support: config key -> sizes that the key sets.
 
-        Empty if the sizes are unknown, or if images have the backbone's native resolution.
+        Without sizes to check, the mapping or the list of sizes is empty, e.g. if the backbone's native resolution is
+        used.
         """
         return {}
 
     def for_backbone(self, backbone: BackboneConfig | None) -> Self:
-        """Returns this config, with the backbone's native resolution if this config sets no image size.
+        """Returns this config, or if it sets no image size, a copy with the backbone's native resolution.
+
+        The default is for data that needs no image size, and returns this config unchanged.
 
         Args:
             backbone: config of the run's backbone; None for a run without one.
 
         Raises:
-            ConfigError: if no size is set, and there is no backbone or its native resolution is unknown.
+            ConfigError: if no image size is set and the native resolution cannot be used: there is no backbone, its
+                resolution is unknown, or the resolution does not fit ``multiple_of``.
         """
         return self
 
     def held_out(self, count: int) -> Self | None:
-        """Returns the config of ``count`` held-out items of the same kind.
+        """Returns the config of ``count`` items of the same kind that are not among the items of this config.
 
-        None, the default, means that only the items of this config exist.
+        The default is None: there are no such items.
         """
         return None
 
@@ -146,9 +150,9 @@ class ImagesConfig(DataConfig):
 
 
 def folder_problems(key: str, folder: str | None) -> list[ConfigProblem]:
-    """Returns a list with one problem if ``folder``, the value of the config key ``key``, is not an existing folder.
+    """Returns the problems of ``folder``, the value of the config key ``key``: one if it is not an existing folder.
 
-    Otherwise, or if ``folder`` is None, the list is empty.
+    The list is empty if the folder exists, or ``folder`` is None.
     """
     if folder is None or Path(folder).is_dir():
         return []

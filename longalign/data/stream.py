@@ -61,11 +61,11 @@ class Stream:
     @property
     def num_shards(self) -> int:
         """Number of shards of the data."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no num_shards; implement it")
 
     def read(self, shard: int) -> Iterator[Record]:
         """Yields the records of the shard with the index ``shard``, in their stored order."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method read; implement it")
 
     def items(
         self,
@@ -83,7 +83,7 @@ class Stream:
             part: index of the reader, see `Stream`. Readers get disjoint records.
             num_parts: number of readers in all processes.
             skip: number of items to skip at the start, without decoding them; a multiple of ``batch_size``.
-            images: False yields only prompts, and decodes no images.
+            images: whether items have an image; False decodes no images. Must be False for prompt-only data.
             batch_size: each group of this many consecutive items has images of one size, i.e. of one bucket.
 
         Raises:

@@ -84,8 +84,9 @@ def block_counts(blocks: int, samples: int, seed: int = 0) -> np.ndarray:
     """Returns how often each training seed occurs in each bootstrap sample: int64 ``(samples, blocks)``.
 
     Each bootstrap sample contains ``blocks - 1`` training seeds, sampled with replacement. The variance of the mean is
-    then unbiased; ``blocks`` training seeds would make it too small by the factor ``(blocks - 1) / blocks`` (Rao and
-    Wu, Resampling Inference With Complex Survey Data, 1988). A single training seed is not resampled.
+    then unbiased; with ``blocks`` training seeds per bootstrap sample, it would be too small by the factor
+    ``(blocks - 1) / blocks`` (Rao and Wu, Resampling Inference With Complex Survey Data, 1988). If ``blocks`` is 1, the
+    result is 1 everywhere.
 
     Args:
         blocks: number of training seeds.
@@ -156,11 +157,11 @@ def _units(groups: Sequence[str], block: np.ndarray) -> tuple[np.ndarray, list[s
 
 
 def interval(value: float, resampled: np.ndarray, count: int, prompts: int) -> Interval:
-    """Returns the `Interval` of a value, given its values ``(samples,)`` in the bootstrap samples; NaN is skipped.
+    """Returns the `Interval` between the 2.5% and the 97.5% quantile of the values of bootstrap samples.
 
     Args:
-        value: the value of all images.
-        resampled: value of each bootstrap sample; the interval is between their 2.5% and 97.5% quantiles.
+        value: the value of all images, the ``mean`` of the result.
+        resampled: ``(samples,)``, the value of each bootstrap sample; NaN is skipped.
         count: number of images.
         prompts: number of different prompts.
     """

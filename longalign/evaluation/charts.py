@@ -29,7 +29,10 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Returns the centred moving mean over ``window`` values. The window is shorter at the ends."""
+    """Returns the centred moving mean over ``window`` values, or over one more if ``window`` is even.
+
+    At the ends, the values that do not exist are left out.
+    """
     half = window // 2
     means = []
     for i in range(len(values)):

@@ -8,12 +8,12 @@ from longalign.evaluation.table import MetricTable
 
 
 def findings(table: MetricTable) -> list[str]:
-    """Returns a summary of a metric table as plain-text sentences: first one for the first model, then one per model.
+    """Returns a summary of a metric table as plain-text sentences, one per model.
 
-    Each model but the first is compared with the previous or the first one, see `MetricTable.steps`. The sentence of a
-    model starts with the mean of the first metric and the paired difference. The significant differences of the first
-    metric in groups of prompts (`MetricTable.breakdowns`) and of the other metrics follow. A last sentence notes if
-    there are too few prompts for significance.
+    The sentence of the first model states its mean of the first metric. Each other model is compared with the previous
+    or the first one, see `MetricTable.steps`: its sentence states its mean of the first metric and the paired
+    difference, then the significant differences of this metric in groups of prompts (`MetricTable.breakdowns`), and
+    those of the other metrics. A last sentence notes if there are too few prompts for significance.
     """
     metric = table.metrics[0]
     value = table.value(metric)

@@ -38,9 +38,13 @@ def number(amount: float, value: Value, sign: bool = False) -> str:
 
 
 def interval_text(interval: Interval, value: Value, sign: bool = False, unit: str = "") -> str:
-    """Formats an interval as ``mean [low, high]``, with the text ``unit`` after the mean.
+    """Formats an interval as ``mean [low, high]``.
 
-    The arguments ``value`` and ``sign`` are those of `number`.
+    Args:
+        interval: the interval.
+        value: unit of the metric.
+        sign: whether positive numbers start with ``+``.
+        unit: text directly after the mean, e.g. ``%``.
     """
     mean, low, high = (number(v, value, sign) for v in (interval.mean, interval.low, interval.high))
     return f"{mean}{unit} [{low}, {high}]"
@@ -80,7 +84,7 @@ def terminal_text(blocks: Sequence[tuple[str, Grid]], caption: str, width: int |
 
 
 def markdown_text(blocks: Sequence[tuple[str, Grid]], caption: str) -> str:
-    """Formats titled tables in Markdown; the arguments are those of `terminal_text`."""
+    """Formats titled tables in Markdown. The arguments are as for `terminal_text`."""
     texts = [caption]
     for title, grid in blocks:
         head, *rows = grid

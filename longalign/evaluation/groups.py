@@ -73,13 +73,21 @@ def labels(prompts: PromptSet, name: str, texts: Sequence[str]) -> list[tuple[st
 
 
 def label_names(prompts: PromptSet) -> list[str]:
-    """Returns the names of a prompt set's labels, e.g. ``["category", "length"]``, by their first occurrence."""
+    """Returns the names of a prompt set's labels, e.g. ``["category", "length"]``, in order of first occurrence."""
     return list(dict.fromkeys(name for prompt in prompts.prompts for name in prompt.labels))
 
 
 def all_labels(prompts: PromptSet, texts: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
-    """Returns name -> `labels` of each text, for all names of labels in a prompt set.
+    """Returns all labels of texts in a prompt set, in the format of `longalign.evaluation.MetricTable.labels`.
 
-    This is the format of `longalign.evaluation.MetricTable.labels`.
+    Args:
+        prompts: the prompt set.
+        texts: prompts of the set, see `labels`.
+
+    Returns:
+        Name of the labels -> the labels of each text.
+
+    Raises:
+        ValueError: if a text is not in the set.
     """
     return {name: labels(prompts, name, texts) for name in label_names(prompts)}

@@ -43,7 +43,7 @@ class Judge:
 
     @classmethod
     def from_config(cls, config: JudgeConfig, runtime: Runtime) -> Judge:
-        """Builds the judge with the vision-language model and the store of ``config``."""
+        """Builds the judge with the vision-language model and the store of answers that ``config`` sets."""
         return cls(answers=StoredAnswers(config.vlm.build(runtime), config.cache), prompt=config.prompt)
 
     def compare(
@@ -57,9 +57,10 @@ class Judge:
             prompts: the ``n`` prompts; the i-th images of ``images`` and ``others`` have the i-th prompt.
 
         Returns:
-            Arrays ``(n,)``, with NaN where the model's reply is none of the options. ``win_rate``: 1 where the image of
-            ``images`` wins, 0 where it loses, 0.5 for a tie. ``win_rate/verdict/tie``: 1 for a tie, else 0.
-            ``win_rate/verdict/order``: 1 for a tie where the model chose the same position in both orders, else 0.
+            Arrays ``(n,)``, with NaN where one of the model's two replies is not ``1``, ``2`` or ``tie``. ``win_rate``:
+            1 where the image of ``images`` wins, 0 where it loses, 0.5 for a tie. ``win_rate/verdict/tie``: 1 for a
+            tie, else 0. ``win_rate/verdict/order``: 1 for a tie in which the model chose the same position in both
+            orders, else 0.
 
         Raises:
             ValueError: if the numbers of images and prompts differ.
@@ -86,8 +87,8 @@ class Judge:
 def add_win_rates(table: MetricTable, models: Mapping[str, Tensor | Sequence[Tensor]], judge: Judge) -> MetricTable:
     """Returns a copy of a metric table with the additional metric ``win_rate``, from comparisons with the first model.
 
-    The win rate of the first model is set to 0.5 for each image. The paired difference to the first model is then the
-    win rate minus 0.5. The fractions of ties are added as submetrics, see `Judge.compare`.
+    The win rate of the first model is set to 0.5 for each image, so that the paired difference of another model to it
+    is this other model's win rate minus 0.5. Ties are added as submetrics, see `Judge.compare`.
 
     Args:
         table: the metric table of the models.

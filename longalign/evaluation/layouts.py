@@ -109,9 +109,13 @@ def arrange(images: Path | str, prompts: PromptSet, output: Path | str, model: s
         FileNotFoundError: if an image or the list of images does not exist.
     """
     if prompts.name not in LAYOUTS:
-        raise ValueError(f"no layout for the prompt set '{prompts.name}'; available: {', '.join(LAYOUTS)}")
+        raise ValueError(
+            f"no layout for the prompt set '{prompts.name}'; give the prompts of one of the sets {', '.join(LAYOUTS)}"
+        )
     if not model or model in (".", "..") or re.search(r"[/\\\\:]", model):
-        raise ValueError(f"expected a model name without /, \\ and :, since it names a folder, got {model!r}")
+        raise ValueError(
+            f"expected a model name that can name a folder: not empty, not . or .., without /, \\ and :; got {model!r}"
+        )
     layout, output = LAYOUTS[prompts.name], Path(output)
     by_number = _images_by_number(Path(images), prompts)
     plan = list(_plan(layout, by_number, prompts, model))
@@ -140,8 +144,8 @@ def _images_by_number(folder: Path, prompts: PromptSet) -> dict[int, list[Path]]
         number = int(match[1]) if match else -1
         if not 0 <= number < len(prompts.prompts) or prompts.prompts[number].text != text:
             raise ValueError(
-                f"{path} was not generated from prompt {number} of {len(prompts.prompts)} in the set; give the prompts "
-                "that the images were generated from"
+                f"{path} was not generated from this prompt set: the number in the file name and the text fit none of "
+                f"its {len(prompts.prompts)} prompts; give the prompts that the images were generated from"
             )
         found.setdefault(number, []).append(path)
     return found

@@ -67,10 +67,10 @@ def _checked(where: str, values: Any, count: int) -> np.ndarray:
 def batches(
     images: Tensor | Sequence[Tensor], prompts: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, list[str]]]:
-    """Yields batches of at most ``batch_size`` images of one size, as (indices, images, prompts).
+    """Yields batches of at most ``batch_size`` images of one size, as (indices, images ``(b, 3, h, w)``, prompts).
 
     Args:
-        images: ``(n, 3, h, w)``, or a sequence of ``n`` images ``(3, h, w)`` of any sizes; yielded as ``(b, 3, h, w)``.
+        images: ``(n, 3, h, w)``, or a sequence of ``n`` images ``(3, h, w)`` of any sizes, to which the indices refer.
         prompts: the ``n`` prompts.
         batch_size: maximum number of images in a batch.
 
@@ -98,8 +98,18 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Returns the metric values of one model's images: name -> float64 ``(n,)``, NaN where an image has no value.
 
-    Values that only a set of images has, such as a Frechet distance, are not included; `evaluate` has them. ``images``
-    is as for `observe`; the other arguments are those of `evaluate`.
+    Values that only a set of images has, such as a Frechet distance, are not included; `summarize` has them.
+
+    Args:
+        images: ``(n, 3, h, w)`` in [0, 1], or a sequence of ``n`` images ``(3, h, w)`` of any sizes.
+        prompts: the ``n`` prompts.
+        metrics: metrics, or functions ``(images (b, 3, h, w), prompts) -> {name: (b,)}``.
+        seeds: the ``n`` noise seeds; empty if unknown.
+        batch_size: number of images per call of a metric.
+
+    Raises:
+        ValueError: if the numbers of images and prompts differ, a metric returns a wrong shape or infinities, or two
+            metrics have a value of the same name.
     """
     built = [as_metric(metric) for metric in metrics]
     finished = _finish(built, observe(images, prompts, built, batch_size), prompts, seeds)
@@ -130,8 +140,18 @@ def summarize(
 ) -> dict[str, Summary]:
     """Returns the values of one model's images without intervals, as name -> `Summary`.
 
-    Values that only a set of images has, such as a Frechet distance, are included. ``images`` is as for `observe`; the
-    other arguments are those of `evaluate`.
+    Values that only a set of images has, such as a Frechet distance, are included.
+
+    Args:
+        images: ``(n, 3, h, w)`` in [0, 1], or a sequence of ``n`` images ``(3, h, w)`` of any sizes.
+        prompts: the ``n`` prompts.
+        metrics: the metrics.
+        seeds: the ``n`` noise seeds; empty if unknown.
+        batch_size: number of images per call of a metric.
+
+    Raises:
+        ValueError: if the numbers of images and prompts differ, a metric returns a wrong shape or infinities, or two
+            metrics have a value of the same name.
     """
     observed = observe(images, prompts, metrics, batch_size)
     out: dict[str, Summary] = {}
@@ -157,7 +177,7 @@ def _finish(
         name for metric, values in zip(metrics, finished, strict=True) for name in [*values, *metric.statistics()]
     )
     if duplicates := sorted(name for name, count in counts.items() if count > 1):
-        raise ValueError(f"two values are called {', '.join(duplicates)}; give one of their metrics a `label`")
+        raise ValueError(f"two values are called {', '.join(duplicates)}; give one of the two metrics another `label`")
     return [{name: np.asarray(rows, np.float64) for name, rows in values.items()} for values in finished]
 
 
@@ -171,7 +191,8 @@ def evaluate(
     """Measures the images of several models on the same prompts and seeds. The first model is the base of comparisons.
 
     Args:
-        models: name -> ``n`` images, as for `observe`; the i-th image of each model has the i-th prompt and seed.
+        models: name -> images, ``(n, 3, h, w)`` in [0, 1] or a sequence of ``n`` images ``(3, h, w)`` of any sizes. The
+            i-th image of each model has the i-th prompt and seed.
         prompts: the ``n`` prompts.
         metrics: metrics, or functions ``(images (b, 3, h, w), prompts) -> {name: (b,)}``.
         seeds: the ``n`` noise seeds; empty if unknown.
@@ -199,6 +220,9 @@ def tabulate(
         prompts: the ``n`` prompts.
         metrics: the metrics, in the order of the observations.
         seeds: the ``n`` noise seeds; empty if unknown.
+
+    Raises:
+        ValueError: if two metrics have a value of the same name.
     """
     values: dict[str, dict[str, np.ndarray]] = {model: {} for model in observed}
     sets: dict[str, dict[str, np.ndarray]] = {model: {} for model in observed}

@@ -67,8 +67,8 @@ def write_report(
         path: path of the HTML file; missing folders are created.
         title: heading.
         lead: plain text below the heading that describes what was done.
-        table: metrics of the models, which are compared with the first one; None shows no metrics.
-        examples: prompts with images. Examples at the end whose images exceed the budget are omitted.
+        table: metrics of the models; the others are compared with the first model. None shows no metrics.
+        examples: prompts with images. If their images exceed the budget, examples at the end are omitted.
         logs: name of a training run -> path of its ``log.jsonl``, one JSON object per line with ``step`` and numbers.
         configs: name of a training run -> its config.
         seconds: name of a step of the work, e.g. "measuring" -> its duration in seconds.

@@ -29,9 +29,9 @@ Curve = tuple[list[float], list[float]]
 
 
 def breakdown_charts(table: MetricTable) -> list[tuple[str, list[Markup]]]:
-    """Returns the charts of `MetricTable.main_breakdowns`, as (display name of the metric, charts as HTML).
+    """Returns (display name, charts as HTML) of each metric of `MetricTable.main_breakdowns` that has values.
 
-    All charts of one metric have the same x axis.
+    Each breakdown of a metric is one chart. All charts of one metric have the same x axis.
     """
     out = []
     for metric in table.main_breakdowns:
@@ -55,7 +55,7 @@ class Stage(NamedTuple):
 
     Attributes:
         name: names of the runs, separated by commas.
-        missing: path of the log if this file does not exist; then all later attributes are empty. Otherwise empty.
+        missing: empty if the log exists; if it does not, its path, and all later attributes are empty.
         charts: charts of the most important values, see `FIRST`.
         breakdowns: charts of held-out metrics by groups of images.
         others: charts of the other values.
@@ -73,10 +73,10 @@ class Stage(NamedTuple):
 
 
 def training(logs: Mapping[str, Path]) -> list[Stage]:
-    """Returns the curves of training runs. Runs that log the same values, e.g. those of an ablation, share charts.
+    """Returns the curves of training runs. Runs that log the same values, e.g. those of an ablation, share a `Stage`.
 
     Args:
-        logs: name of a run -> path of its ``log.jsonl``; need not exist.
+        logs: name of a run -> path of its ``log.jsonl``. A missing file gives a `Stage` without charts.
     """
     out: list[Stage] = []
     groups: dict[frozenset[str], dict[str, dict[str, Curve]]] = {}

@@ -52,8 +52,8 @@ class Chip(NamedTuple):
     """A marker on the page: the result of one model's image for one sentence. Texts are empty if unknown.
 
     Attributes:
-        kind: CSS classes: ``true``, ``part`` or ``false`` if all, some or no facts hold; ``s0`` (lowest) to ``s4`` for
-            the score; ``truncated``.
+        kind: CSS classes, separated by spaces: ``true``, ``part`` or ``false`` if all, some or no facts hold; ``s0``
+            (lowest fifth of the scores on the page) to ``s4`` (highest fifth); ``truncated`` for a truncated sentence.
         shown: number of facts that hold and of all facts, e.g. ``1/2``; ``-`` for a sentence without facts.
         facts: one digit per fact: 1 if it holds, else 0.
         score: the score with three decimals.
@@ -68,12 +68,13 @@ class Chip(NamedTuple):
 def examples_context(
     table: MetricTable | None, models: Sequence[str], examples: Sequence[Example], budget: int
 ) -> dict[str, Any]:
-    """Returns the template's values of the examples, with the choices to filter and sort examples by.
+    """Returns the variables of the template ``report.html`` that show, filter and sort the examples.
 
     Args:
-        table: metric table, for the values and differences of each image; None shows none.
+        table: metric table, for the values and differences of each image; None shows no values and differences.
         models: names of the models in their order on the page.
-        examples: the examples. Those at the end whose images exceed the budget are omitted and counted.
+        examples: the examples. If their images exceed the budget, examples at the end are omitted; their number is the
+            variable ``omitted``.
         budget: maximum number of bytes of all images together, before base64.
     """
     shown = [[model for model in models if model in example.images] for example in examples]

@@ -40,9 +40,9 @@ def encode(image: Tensor | Path, side: int, quality: int) -> bytes:
 def encode_all(images: Sequence[Tensor | Path], budget: int) -> list[str]:
     """Returns images as ``data:`` URLs of WebP files that together have at most ``budget`` bytes before base64.
 
-    All images are encoded with the first size and quality of `LADDER` that fit, by an estimate from some of the images.
-    If the files exceed the budget nevertheless, images at the end are omitted. The result is then shorter than
-    ``images``.
+    All images are encoded with the first size and quality of `LADDER` whose files fit the budget, as estimated from
+    some of the images. If the files of all images exceed the budget nevertheless, images at the end are omitted; the
+    result is then shorter than ``images``.
 
     Args:
         images: tensors ``(3, h, w)`` in [0, 1], or paths of image files.

@@ -19,8 +19,9 @@ from longalign.metrics.base import Metric, Observations
 class Sentences:
     """The sentences of prompts, and which of them the images of several models show.
 
-    Images are numbered from 0 as in the metric table. A fact is one statement of a sentence about a synthetic scene,
-    such as the colour of an object.
+    A fact is one statement of a sentence about a synthetic scene, such as the colour of an object. Below,
+    ``image -> ...`` is a sequence with one entry per image, in the order of the metric table; ``sentence -> ...`` is a
+    sequence with one entry per sentence.
 
     Attributes:
         texts: image -> sentences of its prompt.
@@ -38,9 +39,9 @@ class Sentences:
 
 
 def sentence_metrics(metrics: Sequence[Metric]) -> tuple[FactMetric | None, RewardMetric | None]:
-    """Returns the metrics that measure sentences: the first `FactMetric`, the first `RewardMetric` with ``segments``.
+    """Returns the metrics that measure sentences, each None if ``metrics`` has no such metric.
 
-    None stands for a metric that is not among ``metrics``.
+    They are the first `FactMetric`, and the first `RewardMetric` whose attribute ``segments`` is True.
     """
     facts = next((m for m in metrics if isinstance(m, FactMetric)), None)
     return facts, next((m for m in metrics if isinstance(m, RewardMetric) and m.segments), None)
@@ -79,13 +80,14 @@ def measure_sentences(
     reward splits the prompts, see `longalign.rewards.TowerReward.by_segment`.
 
     Args:
-        models: name -> images, as for `longalign.evaluation.evaluate`.
-        prompts: one per image.
-        facts: finds the facts that hold in an image; None measures no facts.
-        reward: scores the sentences; None computes no scores. If both are None, the result is empty.
-        batch_size: number of images per call.
-        features: name of a model -> image embeddings ``(n, d)`` of the reward, see `image_features`. The image tower
-            runs only for models without an entry. None: no embeddings are known.
+        models: name -> ``n`` images, as for `longalign.evaluation.evaluate`.
+        prompts: the ``n`` prompts, the same for all models.
+        facts: metric that finds the facts that hold in an image; None measures no facts.
+        reward: metric whose reward scores the sentences; None computes no scores. If ``facts`` is None too, the result
+            is empty.
+        batch_size: number of images per call of a metric.
+        features: name of a model -> image embeddings ``(n, d)`` of the reward, see `image_features`. The reward's image
+            tower runs only for models without an entry; None runs it for all models.
 
     Raises:
         ValueError: if the numbers of images and prompts differ, or a prompt is not among the captions of ``facts``.

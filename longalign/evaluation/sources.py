@@ -65,10 +65,11 @@ def read_sources(sources: Sequence[str], examples: int | None = None) -> dict[st
     """Reads the contents of a report. Returns the keyword arguments of `longalign.evaluation.write_report`.
 
     Args:
-        sources: paths of folders of training runs, folders of ``longalign generate``, tables of
-            ``longalign eval --json``, and folders of demos and ablations. ``name=path`` also names the run or the model
-            of the images; the default is the name of the folder.
-        examples: number of prompts to show with images, from the first; None shows all.
+        sources: each is the path of the folder of a training run, of a folder that ``longalign generate`` wrote, of a
+            table that ``longalign eval --json`` wrote, or of the folder of a demo or an ablation. ``name=path`` names
+            the run, or the model that generated the images; without ``name``, the name of the folder is used.
+        examples: number of examples to show, from the first; an example is a prompt with one noise seed. None shows
+            all.
 
     Raises:
         FileNotFoundError: if a source, or an image that a source lists, does not exist.
@@ -143,9 +144,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; expected {EXPECTED}") from error
+        raise ValueError(f"{path} is not JSON: {error}; give {EXPECTED}") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path} contains a {type(data).__name__}; expected an object: {EXPECTED}")
+        raise ValueError(f"{path} contains a {type(data).__name__}, not a JSON object; expected {EXPECTED}")
     return data
 
 

@@ -47,7 +47,7 @@ class MetricTable:
         training_seeds: the training seed of each of the ``n`` images, if a model was trained several times; intervals
             then resample training seeds too. Empty for models that were trained once.
         neighbours: whether each model is also compared with the previous one, not only with the first one.
-        note: sentence for the caption; empty for none.
+        note: sentence that is added to the text above the tables; empty for none.
         labels: labels that group prompts: name, such as ``category``, -> the labels of each of the ``n`` prompts. A
             prompt belongs to the group of each of its labels.
 
@@ -89,16 +89,16 @@ class MetricTable:
 
     @property
     def steps(self) -> list[tuple[str, str]]:
-        """The pairs (model, other) for each model but the first.
+        """A pair (model, other) for each model but the first.
 
-        The other model is the previous one with ``neighbours``, otherwise the first one.
+        The other model is the previous one if ``neighbours`` is True, and the first one if it is False.
         """
         others = self.models if self.neighbours else [self.base] * len(self.models)
         return list(zip(self.models[1:], others, strict=False))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The compared pairs (model, other): each model with the first one, then the pairs of `steps`, none twice."""
+        """The compared pairs (model, other): each later model with the first one, then the other `steps`."""
         return list(dict.fromkeys([*((model, self.base) for model in self.models[1:]), *self.steps]))
 
     @property
@@ -113,18 +113,18 @@ class MetricTable:
         return [m for m in dict.fromkeys(m for row in rows for m in row) if m.startswith(metric + "/")]
 
     def value(self, metric: str) -> Value:
-        """Returns the unit of a metric or submetric, and whether higher or lower is better."""
+        """Returns the `Value` of a metric or submetric: its unit, and whether higher or lower is better."""
         return value_of(metric, self.units)
 
     def label(self, metric: str) -> str:
-        """Returns the display name of a metric, with its unit."""
+        """Returns the display name of a metric, with its unit, and with a note if lower is better."""
         return label(metric, self.value(metric))
 
     def row(self, model: str, metric: str) -> np.ndarray:
         """Returns the values ``(n,)`` of a metric for one model. Raises ValueError if the table has none."""
         if model not in self.values or metric not in self.values[model]:
             raise ValueError(
-                f"no '{metric}' of '{model}'; available: metrics {', '.join(self.metrics)}, "
+                f"no metric '{metric}' of '{model}'; available: metrics {', '.join(self.metrics)}, "
                 f"models {', '.join(self.models)}"
             )
         return np.asarray(self.values[model][metric], dtype=np.float64)
@@ -139,7 +139,7 @@ class MetricTable:
                 value.
 
         Raises:
-            ValueError: if the table has no such values.
+            ValueError: if the table has no values of the metric for the model.
         """
         if metric in self.sets.get(model, {}):
             return self._set_interval(self.sets[model][metric], rows)

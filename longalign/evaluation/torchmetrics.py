@@ -23,7 +23,7 @@ except ModuleNotFoundError as error:
 
 
 class SegmentCLIPScore(Metric):  # pyright: ignore[reportGeneralTypeIssues]
-    """Mean CLIPScore (Hessel et al. 2021, arXiv 2104.08718) of images and prompts of any length.
+    """Mean CLIPScore (Hessel et al. 2021, arXiv 2104.08718) of images with their prompts, which may have any length.
 
     A prompt is split into segments of at most CLIP's 77 tokens, so that no text is dropped. The score of an image is
     the mean over the segments of the cosine similarity of segment and image (LongAlign, arXiv 2410.11817, section 3.2).
@@ -50,7 +50,8 @@ class SegmentCLIPScore(Metric):  # pyright: ignore[reportGeneralTypeIssues]
             reward = rewards.build(reward or {"name": "clip", "text": "segments"}, Runtime.detect())
         if not isinstance(reward, TowerReward) or reward.segmenter is None:
             raise ValueError(
-                f"expected a reward that encodes prompts by segments, got {type(reward).__name__}; set text: segments"
+                f"expected a reward that encodes prompts by segments, got {type(reward).__name__}; give a reward with "
+                "two towers, such as clip, and set text: segments"
             )
         self.reward = reward
         self.add_state("scores", default=[], dist_reduce_fx="cat")

@@ -146,7 +146,7 @@ def describe(
 
     Args:
         scene: the scene to describe.
-        rng: samples the phrases and the order of the objects.
+        rng: source of the random numbers, for the phrases and the order of the objects.
         words: target length in words: 8 gives a short clause; 480 gives over 500 CLIP tokens with seven objects or
             more.
         style: "plain" (self-contained sentences) or "referring" (sentences with pronouns, such as "It is red.").
@@ -324,7 +324,7 @@ def _capital(text: str) -> str:
 
 
 def all_phrases() -> list[str]:
-    """Returns phrases that contain all words of captions. The reduced vocabularies must contain these words."""
+    """Returns phrases that contain every word of captions; `longalign.mini.tokenizers` makes vocabularies from them."""
     banks: list[tuple[str, ...]] = [GROUND_CLAUSES, GROUND_SENTENCES, GROUND_WORDY, WHOLE, INTROS, INTROS_WORDY, TWO]
     banks += [COLOUR, COLOUR_WORDY, SIZE, SIZE_WORDY, FILL, FILL_WORDY, EMPTY, IT]
     banks += [*WHERE.values(), *SIZE_WORDS.values(), *FILL_WORDS.values()]

@@ -20,8 +20,8 @@ RATES = (0.0, 0.1, 0.25, 0.5)
 def vary(scene: Scene, rng: np.random.Generator) -> Scene:
     """Returns a scene as an imperfect model would show it: some attributes are changed, some objects are missing.
 
-    Tint and vignette are sampled again. A probability is sampled from `RATES`. With this probability, each attribute of
-    an object and the background are replaced by random values; with a third of it, each object is dropped.
+    Tint and vignette are sampled again. A probability p is sampled from `RATES`. Each attribute of each object, and the
+    background, is replaced by a random value with probability p; each object is dropped with probability p / 3.
     """
     rate = float(rng.choice(RATES))
     things = []
@@ -50,8 +50,8 @@ def taste(scene: Scene) -> float:
 def preference(first: Scene, second: Scene, caption: Caption, truth_weight: float, taste_weight: float) -> float:
     """Returns the simulated fraction of people who prefer the first scene, from 0 to 1.
 
-    With the differences of `truth` and `taste` (first minus second scene), this is
-    ``sigmoid(truth_weight * truth difference + taste_weight * taste difference)``.
+    This is ``sigmoid(truth_weight * a + taste_weight * b)``, where ``a`` is the `truth` of the first scene minus that
+    of the second, and ``b`` is the same difference of `taste`.
     """
     margin = truth_weight * (truth(first, caption) - truth(second, caption))
     margin += taste_weight * (taste(first) - taste(second))

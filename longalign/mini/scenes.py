@@ -83,14 +83,14 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, num_things: tuple[int, int] = (1, 9)) -> Scene:
-    """Samples a scene: uniformly the number of objects, their attributes, the ground, the tint and the vignette.
+    """Samples a scene. Its properties, such as the number of objects and their attributes, have uniform distributions.
 
     Args:
         rng: source of the random numbers.
         num_things: lowest and highest number of objects, both included, each from 0 to 9.
 
     Raises:
-        ValueError: if ``num_things`` is out of this range.
+        ValueError: if a number of ``num_things`` is not from 0 to 9, or the lowest is above the highest.
     """
     low, high = num_things
     if not 0 <= low <= high <= len(PLACES):
@@ -123,10 +123,10 @@ def render_batch(scenes: Sequence[Scene]) -> np.ndarray:
 
 @cache
 def object_masks() -> np.ndarray:
-    """Returns the fraction of each pixel that an object covers: float32 ``(9, 30, 64, 64)`` in [0, 1].
+    """Returns which fraction of each pixel an object covers, for all objects: float32 ``(9, 30, 64, 64)`` in [0, 1].
 
-    The axes are the place (as in `PLACES`), the kind of object (shape, size and fill as in `MASK_KEYS`), the row and
-    the column. The faint bands of striped objects count as 0.3.
+    The axes are the place (as in `PLACES`), the kind of object (shape, size and fill as in `MASK_KEYS`), and the row
+    and the column of the pixel. A pixel in the faint bands of a striped object has the value 0.3.
     """
     fine = 4
     axis = (np.arange(IMAGE_SIZE * fine, dtype=np.float32) + 0.5) / fine

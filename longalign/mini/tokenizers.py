@@ -24,11 +24,12 @@ _SOT, _EOT = "<|startoftext|>", "<|endoftext|>"
 
 
 def reduced_merges(words: Iterable[str], num_common: int = NUM_COMMON_MERGES) -> list[tuple[str, str]]:
-    """Returns the byte-pair merges of the reduced CLIP vocabulary, ordered by their rank in the full vocabulary.
+    """Returns the byte-pair merges of a reduced CLIP vocabulary, ordered by their rank in CLIP's full vocabulary.
 
     Args:
-        words: texts whose words must be split as by the full tokenizer; all merges that occur in them are kept.
-        num_common: number of merges that are kept in any case: those of the lowest ranks, which are the most frequent.
+        words: texts in which each word must get the same tokens as from CLIP's full tokenizer; all merges that occur in
+            these words are kept.
+        num_common: number of the most frequent merges, i.e. those of the lowest ranks, that are kept in any case.
     """
     full = SimpleTokenizer()
     ranks_used = set(sorted(full.bpe_ranks.values())[:num_common])
@@ -52,8 +53,9 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
 
     Args:
         folder: output folder; created if missing.
-        words: texts whose words must be split as by the full tokenizer; None for the phrases of the synthetic captions.
-        max_length: maximum number of tokens of the text model, special tokens included.
+        words: texts in which each word must get the same tokens as from CLIP's full tokenizer; None for the phrases of
+            the synthetic captions.
+        max_length: maximum number of tokens of a prompt for the text model, special tokens included.
 
     Returns:
         ``folder``.
@@ -77,9 +79,9 @@ def write_clip_tokenizer(folder: Path, words: Sequence[str] | None = None, max_l
 
 
 def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Path:
-    """Writes the vocabulary of `write_clip_tokenizer` in the format of open_clip's tokenizer.
+    """Writes the vocabulary of `write_clip_tokenizer` into ``folder``, in the format of open_clip's tokenizer.
 
-    The arguments are those of `write_clip_tokenizer`. Returns the path of the file ``bpe_simple_vocab.txt.gz``.
+    The arguments are as for `write_clip_tokenizer`. Returns the path of the new file ``bpe_simple_vocab.txt.gz``.
     """
     merges = reduced_merges(_default_words() if words is None else words)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +95,8 @@ def write_open_clip_bpe(folder: Path, words: Sequence[str] | None = None) -> Pat
 def write_t5_tokenizer(folder: Path, texts: Sequence[str] | None = None, vocab_size: int = 600) -> Path:
     """Trains a unigram model and writes it as a transformers ``T5Tokenizer`` into ``folder``. Returns ``folder``.
 
-    Every word of the texts is added to the vocabulary, with its relative frequency as probability. The training would
-    omit the shortest and most frequent words of so few texts.
+    After the training, every word of the texts is added to the vocabulary, with its relative frequency as probability.
+    With few texts, the training alone would omit the shortest and most frequent words.
 
     Args:
         folder: output folder; created if missing.

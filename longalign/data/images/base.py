@@ -92,7 +92,7 @@ class ImageLoader:
     def load(self, name: Hashable, source: Path | bytes, bucket: int = 0) -> Tensor:
         """Loads an image as float32 ``(3, h, w)`` in [0, 1], centre-cropped and resized to the size of a bucket.
 
-        The image is rotated by its EXIF orientation first.
+        Before that, the image is rotated by its EXIF orientation.
 
         Args:
             name: name of the image in messages.
@@ -131,10 +131,10 @@ class ImageDataset(Data):
 
     def source(self, index: int) -> Path | bytes:
         """Returns the path of the image file of item ``index`` (non-negative), or the bytes of such a file."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method source; implement it")
 
     def label(self, index: int) -> Hashable:
-        """Returns the name of the image of item ``index`` (non-negative) in messages; by default its `source`."""
+        """Returns the name of the image of item ``index`` (non-negative) for messages; by default its `source`."""
         return self.source(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -167,7 +167,8 @@ class ImageDataset(Data):
 
         Args:
             index: non-negative index of the item.
-            bucket: index in `buckets` of the size of the returned image; None for the bucket of the image itself.
+            bucket: index in `buckets` of the size of the returned image; None for the size with the aspect ratio
+                nearest to that of the stored image.
         """
         label = self.label(index)
         bucket = self.bucket(index) if bucket is None else bucket

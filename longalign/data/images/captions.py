@@ -46,11 +46,13 @@ class LongAlignCaptions(ImageDataset):
 
     @classmethod
     def from_config(cls, config: LongAlignCaptionsConfig, runtime: Runtime) -> LongAlignCaptions:
-        """Loads the table and selects the rows whose image file exists. A warning counts the skipped rows.
+        """Loads the table of captions and selects the rows whose image file exists in ``config.folders``.
+
+        Warnings count the skipped rows.
 
         Raises:
-            ValueError: if a column is missing, a configured source occurs in no row, more than ``max_missing`` images
-                are missing, or no row remains.
+            ValueError: if a column is missing, a source in ``config.folders`` occurs in no row, more than
+                ``config.max_missing`` image files are missing, or no row can be used.
         """
         path, files = config.captions, None
         if Path(path).exists():
@@ -100,7 +102,7 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
             continue
         where = f"row {i} of {config.captions}"
         if not isinstance(path, str):
-            raise ValueError(f"{where}: 'path' must be a string, got {path!r:.60}")
+            raise ValueError(f"{where}: 'path' must be a string, got {path!r:.60}; correct this row")
         if not caption_from_cell(caption, where):
             empty += 1
             if config.empty == "skip":
@@ -117,7 +119,8 @@ def _with_images(rows: Any, folders: dict[str, Path], config: LongAlignCaptionsC
                 )
     if unknown := sorted(set(folders) - set(counts)):
         raise ValueError(
-            f"no caption has the source '{unknown[0]}' of 'folders'; set sources among {', '.join(sorted(counts))}"
+            f"'folders' has the source '{unknown[0]}', which no caption has; expected some of "
+            f"{', '.join(sorted(counts))}"
         )
     skipped = {source: count for source, count in counts.items() if source not in folders}
     if skipped:

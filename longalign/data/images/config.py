@@ -67,7 +67,7 @@ class WebDatasetConfig(ImagesConfig):
 
     @property
     def caption_field(self) -> str | None:
-        """Key of the caption in a JSON file; None if the caption is a text file."""
+        """Key of the caption in the JSON caption files; None if the caption files are text."""
         return (self.field or "caption") if self.caption.endswith("json") else None
 
     @model_validator(mode="after")

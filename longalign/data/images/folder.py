@@ -42,14 +42,15 @@ class Folder(ImageDataset):
         """Reads the captions with `longalign.image_folder.read_captions`; images are read on access.
 
         Raises:
-            ValueError: if a line has no file name or no caption key, or no image remains.
+            ValueError: if a line has no file name or no caption key, or if no image is left because those with an empty
+                caption are skipped.
             FileNotFoundError: if the folder or its captions do not exist.
         """
         folder = Path(config.folder)
         files, prompts, empty = [], [], 0
         for where, row in read_captions(folder):
             if not isinstance(row.get("file_name"), str):
-                raise ValueError(f"{where} has no 'file_name'; available: {', '.join(row) or 'nothing'}")
+                raise ValueError(f"{where}: expected a text in 'file_name'; available keys: {', '.join(row) or 'none'}")
             prompt = text_of(row, where)
             empty += not prompt
             if prompt or config.empty == "keep":

@@ -10,12 +10,15 @@ from pathlib import Path
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Returns the tar files of a path with ranges ``{0000..0123}`` (both ends included) or wildcards such as ``*``.
+    """Returns the tar files that a path stands for, in the order of the numbers or the names.
 
-    The files are in the order of the numbers, and those of a wildcard in the order of their names.
+    Args:
+        pattern: path of a file, which may have ranges ``{0000..0123}`` (both ends included), and wildcards such as
+            ``*``.
 
     Raises:
-        FileNotFoundError: if no file matches, or a file of the range is missing.
+        FileNotFoundError: if no file matches a wildcard, any other file is missing, or a range starts with its higher
+            number.
     """
     return list(_expand(pattern))
 

@@ -54,7 +54,7 @@ class Pairs(ImageDataset):
 
     def sources(self, index: int) -> Sequence[Path | bytes]:
         """Returns the paths of the two image files of pair ``index`` (non-negative), or the bytes of such files."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method sources; implement it")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -104,12 +104,12 @@ def preference_of(labels: Sequence[Any], where: str) -> float:
     """Returns the fraction of people who prefer the first image.
 
     Args:
-        labels: two numbers of at least 0, one for each image, such as 1 and 0, or votes; the result is the first
-            divided by the sum. Or one number from 0 to 1, the fraction itself.
+        labels: either one number from 0 to 1, which is returned, or two numbers of at least 0, one for each image, such
+            as 1 and 0 or numbers of votes. Of two numbers, the first divided by their sum is returned.
         where: location of the labels in the error message.
 
     Raises:
-        ValueError: if ``labels`` are neither, or both labels are 0.
+        ValueError: if ``labels`` are neither one nor two such numbers, or both are 0.
     """
     numbers = [float(label) for label in labels if isinstance(label, Real)]
     valid = len(numbers) == len(labels) and all(math.isfinite(n) and n >= 0 for n in numbers)
@@ -146,5 +146,8 @@ def select_pairs(rows: Sequence[Pair | str], where: str) -> tuple[list[int], lis
         )
     captioned = sum(pair.captions is not None for pair in pairs)
     if captioned not in (0, len(pairs)):
-        raise ValueError(f"{where} has captions for {captioned} of {len(pairs)} pairs; expected all or none")
+        raise ValueError(
+            f"{where} has captions for {captioned} of {len(pairs)} pairs; expected all or none. Add the missing "
+            "captions, or remove all"
+        )
     return indices, pairs

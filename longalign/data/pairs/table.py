@@ -81,5 +81,5 @@ class HubPairs(Pairs):
 
 
 def flat_cells(cells: list[Any]) -> list[Any]:
-    """Returns the cells of a row: those of two columns, or the elements of a list that is the only cell."""
+    """Returns the given cells of a row; if there is only one and it is a list, returns its elements."""
     return list(cells[0]) if len(cells) == 1 and isinstance(cells[0], (list, tuple)) else cells

@@ -31,7 +31,7 @@ class Prompt:
             labels of one name.
         pair: identifier that the short and the long version of a prompt have in common; empty if the set has no such
             versions.
-        row: what is kept of the row that the prompt was read from, for the files of an official scorer; may be empty.
+        row: entries of the prompt's row in its file from which the files of an official scorer are made; may be empty.
     """
 
     id: str

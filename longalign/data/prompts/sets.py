@@ -24,7 +24,7 @@ class PromptSet:
 
     Attributes:
         name: name of the set, one of `longalign.data.prompts.formats.SETS`; "plain" for files of no benchmark.
-        prompts: the prompts in the order of their file.
+        prompts: the prompts in the order in which they are stored.
     """
 
     name: str
@@ -51,9 +51,9 @@ def read_prompt_set(source: str | Path) -> PromptSet:
 
     Args:
         source: ``PATH`` or ``NAME:PATH``, with a name of `longalign.data.prompts.formats.SETS`. Without a name, the
-            columns of the files select the set. The path is one file, either ``.csv``, ``.json`` or ``.jsonl``, or
-            ``.txt`` with one prompt per line. Or it is a folder of ``.csv``, ``.json`` and ``.jsonl`` files, read in
-            the order of their names. Or it is a folder with one ``.txt`` file for each prompt (DPG-Bench).
+            columns of the files select the set. ``PATH`` is one of three: a ``.csv``, ``.json`` or ``.jsonl`` file, or
+            a ``.txt`` file with one prompt per line; a folder of ``.csv``, ``.json`` and ``.jsonl`` files, read in the
+            order of their names; a folder with one ``.txt`` file for each prompt (DPG-Bench).
 
     Raises:
         ValueError: if a file lacks a column of the set, a file has the columns of several sets, there are no prompts,
@@ -93,7 +93,7 @@ def _prompts_of_texts(folder: Path, name: str | None) -> list[Prompt]:
     if not files or name not in (None, "dpg-bench"):
         expected = "" if name not in (None, "dpg-bench") else ", or .txt files"
         raise ValueError(
-            f"{folder} contains no {', '.join(SUFFIXES)} files{expected}; expected the files of a prompt set"
+            f"{folder} contains no {', '.join(SUFFIXES)} files{expected}; give a folder with the files of a prompt set"
         )
     return [Prompt(file.stem, read_text(file).strip()) for file in files]
 

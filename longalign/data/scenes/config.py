@@ -59,7 +59,8 @@ class ScenePairsConfig(SyntheticConfig):
 
     Both images of a pair show the scene of one caption, with some wrong facts and different lighting. A fact is, for
     example, the colour of an object. The fraction of people who prefer the first image is simulated as
-    ``sigmoid(truth_weight * (truth_0 - truth_1) + taste_weight * (taste_0 - taste_1))``.
+    ``sigmoid(truth_weight * (truth_0 - truth_1) + taste_weight * (taste_0 - taste_1))``, with the truth and the taste
+    of image 0, the first one, and image 1.
     """
 
     target: ClassVar[str] = "longalign.data.scenes.pairs:ScenePairs"

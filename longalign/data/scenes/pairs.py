@@ -17,17 +17,19 @@ from longalign.runtime import Runtime
 
 
 class ScenePairs(Data):
-    """Dataset of pairs of imperfect images of a synthetic scene, with a simulated preference.
+    """Dataset of pairs of images with a simulated preference.
 
-    An item is ``{"prompt": str, "image": float32 (2, 3, 64, 64) in [0, 1], "preference": float32 ()}``. The preference
-    is the fraction of people who prefer the first image, from 0 to 1, see `longalign.mini.preferences.preference`. With
-    ``captions``, an item also has ``"captions"``, a text for each image.
+    An item is ``{"prompt": str, "image": float32 (2, 3, 64, 64) in [0, 1], "preference": float32 ()}``. Both images
+    show one synthetic scene, with errors and with different light, see `longalign.mini.preferences.vary`. The
+    preference is the fraction of people who prefer the first image, from 0 to 1, see
+    `longalign.mini.preferences.preference`.
 
     Args:
-        scenes: scenes and captions; the caption is the prompt.
-        truth_weight: weight of faithfulness to the caption, at least 0.
-        taste_weight: weight of the caption-independent taste, at least 0.
-        captions: whether items have a true caption of each image, of about as many words as the prompt.
+        scenes: dataset of the scenes without errors; their captions are the prompts.
+        truth_weight: weight of the faithfulness of an image to the prompt in the preference, at least 0.
+        taste_weight: weight of the taste, which does not depend on the prompt, in the preference, at least 0.
+        captions: whether an item also has ``"captions"``: two texts, a true caption of each image with about as many
+            words as the prompt.
     """
 
     def __init__(self, scenes: Scenes, *, truth_weight: float, taste_weight: float, captions: bool):

@@ -20,7 +20,9 @@ class HubTable:
 
     @classmethod
     def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | Prompts | HubStream:
-        """Opens the table as a `HubStream` if ``config.streaming``, else as `HubRows`, or `Prompts` without images.
+        """Opens the table: with ``config.streaming`` as a `HubStream`, without it as `HubRows`.
+
+        If ``config.image`` is None, a table without ``config.streaming`` is opened as `Prompts`.
 
         Raises:
             ValueError: if ``datasets`` is not installed or cannot read the table, a column is missing, or no caption
@@ -86,7 +88,7 @@ class Captions(Sequence[str]):
         return caption_from_cell(self.cells[self.indices[check_index(index, len(self))]])
 
     def row(self, index: int) -> int:
-        """Returns the number of the table row, from 0, of the caption with the index ``index``."""
+        """Returns the number of the row of the table, counted from 0, that has the caption ``self[index]``."""
         return int(self.indices[index])
 
 

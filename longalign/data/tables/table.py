@@ -47,14 +47,14 @@ def load_table(part: str, path: str, **settings: Any) -> Any:
 
 
 def table_files(path: Path) -> tuple[str, list[str]]:
-    """Returns the format and the files of a local table, as ``datasets.load_dataset`` takes them.
+    """Returns the format and the files of a local table: ``path`` and ``data_files`` of ``datasets.load_dataset``.
 
     Args:
-        path: a .parquet, .csv, .jsonl or .json file, or a folder with files of one of these formats. Other files in the
-            folder and its subfolders are ignored.
+        path: a .parquet, .csv, .jsonl or .json file, or a folder that has, also in its subfolders, files of one of
+            these formats. Files of any other format are ignored.
 
     Raises:
-        ValueError: if there are no files of these formats, or files of several.
+        ValueError: if there are no files of these four formats, or files of several of them.
     """
     formats = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}
     files = sorted(glob.glob(f"{glob.escape(str(path))}/**/*", recursive=True)) if path.is_dir() else [str(path)]
@@ -90,7 +90,9 @@ def open_columns(config: TableConfig, texts: Sequence[str], images: Sequence[str
     columns = [*texts, *images]
     available = rows.column_names or list(next(iter(rows), {}))
     if missing := [column for column in columns if column not in available]:
-        raise ValueError(f"'{config.dataset}' has no column '{missing[0]}'; available: {', '.join(available)}")
+        raise ValueError(
+            f"'{config.dataset}' has no column '{missing[0]}'; available: {', '.join(available)}. Name one of these"
+        )
     rows = rows.select_columns(columns)
     if images and rows.features is not None:
         import datasets
@@ -104,8 +106,13 @@ def open_columns(config: TableConfig, texts: Sequence[str], images: Sequence[str
 def image_folder(config: TableConfig, rows: Any) -> Path | None:
     """Returns the folder that a table's image paths are relative to, or None if paths are not allowed.
 
-    Tables are untrusted, so their paths must not reach arbitrary local files. Without ``image_folder`` in the config,
-    only tables of the format ``imagefolder`` may hold paths, which ``datasets`` generates. Their folder is ``/``.
+    Tables are untrusted, so their paths must not reach arbitrary local files. If ``config.image_folder`` is None, only
+    tables that ``datasets`` reads with its format ``imagefolder`` may hold paths, since ``datasets`` itself makes these
+    paths. They are relative to ``/``.
+
+    Args:
+        config: config of the table.
+        rows: the table.
     """
     if config.image_folder is not None:
         return Path(config.image_folder)
@@ -121,7 +128,8 @@ def image_source(value: Any, folder: Path | None) -> Path | bytes:
         folder: folder that paths are relative to; None rejects paths.
 
     Raises:
-        ValueError: if the cell is none of these, or is a path outside ``folder`` or without a ``folder``.
+        ValueError: if the cell is none of these, or a path that is outside ``folder`` or given while ``folder`` is
+            None.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -136,9 +144,9 @@ def image_source(value: Any, folder: Path | None) -> Path | bytes:
         try:
             value.save(buffer, "PNG")
         except Exception as error:  # PIL decodes lazily, so any decoding error can occur here
-            raise ValueError(f"{type(error).__name__}: {error}") from error
+            raise ValueError(f"the image cannot be decoded ({type(error).__name__}: {error})") from error
         return buffer.getvalue()
-    raise ValueError(f"expected an image, its bytes or its path, got {value!r:.60}")
+    raise ValueError(f"expected an image, its bytes or its path in the cell, got {value!r:.60}")
 
 
 def caption_from_cell(value: Any, where: str = "") -> str:
