@@ -107,14 +107,14 @@ def test_describe_short_and_long_with_the_same_facts():
 @pytest.mark.parametrize("style", ["plain", "referring"])
 def test_describe_with_filler_repeats_no_fact(style: str):
     clip = SimpleTokenizer()
+    words = {word for phrase in all_phrases() for word in re.findall("[a-z]+", phrase.lower())}
     for i, scene in enumerate(scenes(5, (0, 9), seed=3)):
         plain = describe(scene, np.random.default_rng(i), words=1200, style=style)
         filled = describe(scene, np.random.default_rng(i), words=1200, style=style, filler=True)
         assert 1200 <= filled.num_words < 1240 and len(clip.encode(filled.text)) > 1250
         assert filled.facts == plain.facts
         assert tuple(s for s in filled.sentences if s.facts) == plain.sentences
-    words = {word for phrase in all_phrases() for word in re.findall("[a-z]+", phrase.lower())}
-    assert set(re.findall("[a-z]+", filled.text.lower())) <= words
+        assert set(re.findall("[a-z]+", filled.text.lower())) <= words
 
 
 def test_describe_plain_names_objects_and_referring_does_not():
