@@ -187,7 +187,7 @@ def test_sample_invalid_settings_raise():
         sample_images(backbone, ["0.1", "0.2"], negative=["0"], guidance=2)
     with pytest.raises(ValueError, match=r"negative prompt.*guidance 1;"):
         sample_images(backbone, ["0.1"], negative="0.5")
-    with pytest.raises(ValueError, match="prediction 'sample'"):
+    with pytest.raises(ValueError, match="prediction type 'sample'"):
         make_scheduler("ddim", backbone.noise_levels, "sample", 5)
 
 
