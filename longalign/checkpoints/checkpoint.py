@@ -246,7 +246,7 @@ def load_for_sampling(
     Args:
         checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
             loaded.
-        runtime: device and dtype. None: those of ``device`` and ``dtype``, which have no effect otherwise.
+        runtime: device and dtype. If given, the arguments ``device`` and ``dtype`` have no effect; None: uses these.
         device: a torch device, e.g. ``"cuda"``; None: the fastest available one.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, for all weights except those of the encoder's adapter;
             None: the dtype of ``loop.precision`` in training.

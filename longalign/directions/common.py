@@ -64,7 +64,7 @@ class CommonDirection(nn.Module):
 
         Args:
             text: ``(b, d)`` text embeddings of this process's part of the batch.
-            update: whether to add the embeddings to the mean of a running direction; no effect for other sources.
+            update: whether to add the embeddings to the mean of the source ``"running"``; no effect for other sources.
 
         Raises:
             UndefinedDirection: with the source ``"batch"``, if the batch has fewer than two different prompts: no

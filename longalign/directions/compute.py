@@ -119,7 +119,11 @@ def measure_direction(
 
 
 def paired_images(over: Path | str, reference: Path | str) -> tuple[list[str], list[Path], list[Path]]:
-    """Pairs the images of two folders of ``longalign generate`` by prompt and seed.
+    """Pairs the images of two folders, written by ``longalign generate``, by prompt and seed.
+
+    Args:
+        over: folder with images of an over-optimized model.
+        reference: folder with images of its reference model.
 
     Returns:
         The prompts, the image files in ``over`` and the image files in ``reference``: three lists of equal length,

@@ -33,8 +33,8 @@ def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
     texts = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
     if len(texts) != count:
         raise ValueError(
-            f"expected one negative prompt for all or one per prompt, got {len(texts)} for {count} prompts; pass one "
-            "text, or a list of this length"
+            f"expected one negative prompt for all or one per prompt, got {len(texts)} negative prompts for {count} "
+            f"prompts; pass one text, or a list of {count} texts"
         )
     return texts
 

@@ -71,7 +71,7 @@ class PromptInputs:
     unsupported: str | None
 
     def describe(self) -> str:
-        """Returns the names of the arguments with their widths as text, for messages."""
+        """Returns a text for messages: the names of the arguments for text embeddings, with their widths."""
         named = [(s.states, s.width) for s in self.sequences]
         named += [(self.pooled, self.pooled_width)] if self.pooled else []
         return ", ".join(f"'{name}'" + (f" of width {width}" if width else "") for name, width in named)

@@ -73,7 +73,7 @@ class Metric(nn.Module):
             images: ``(b, 3, h, w)`` in [0, 1]; batches may differ in height and width.
             prompts: the ``b`` prompts, one for each image.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement observe")
 
     def finish(self, observations: Observations, prompts: Sequence[str], seeds: Sequence[int]) -> Observations:
         """Returns one value per image: name -> ``(n,)``, NaN where an image has no value.

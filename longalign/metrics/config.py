@@ -41,7 +41,8 @@ def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
     """Checks that the prefixes of the metrics of a table differ.
 
     Returns:
-        One problem, i.e. config key and message, if several metrics have the same prefix; otherwise an empty list.
+        A list with one problem (config key and message) if several metrics have the same prefix; otherwise an empty
+        list.
     """
     counts = Counter(metric.prefix() for metric in metrics)
     if repeated := [prefix for prefix, count in counts.items() if count > 1]:

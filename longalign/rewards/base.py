@@ -83,7 +83,7 @@ class Reward(nn.Module):
             images: ``(b, 3, h, w)`` in [0, 1]; the scores must have gradient with respect to them.
             prompts: b prompts, one for each image.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement score_components")
 
     def score_texts(self, images: Tensor, texts: Sequence[str], image_index: Sequence[int]) -> Tensor:
         """Scores texts of which several may belong to one image, such as the sentences of its prompt.
@@ -117,7 +117,7 @@ class EmbeddingReward(Reward):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Returns embeddings ``(b, d)`` of norm 1 of images ``(b, 3, h, w)`` in [0, 1] of any size, with gradient."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement image_features")
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Returns text embeddings ``(b, d)`` of b prompts, without gradient unless the reward is trained.
@@ -125,7 +125,7 @@ class EmbeddingReward(Reward):
         Each row is the embedding of the whole prompt, of norm 1. If the reward splits prompts into segments, e.g.
         sentences, it is the mean of the segments' embeddings of norm 1, not normalized again (Denscore, paper 3.2).
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement text_features")
 
     def prefixed_features(self, prompts: Sequence[str], prefix: str) -> Tensor:
         """Returns text embeddings ``(b, d)`` of prompts with a word or phrase in front, separated by a space.
@@ -163,7 +163,7 @@ class CallableReward(Reward):
 
 
 def as_reward(part: Any, name: str = "") -> Reward:
-    """Returns a `Reward` for a reward or a function, and sets its label.
+    """Returns a `Reward` for a reward or a function, and sets the label of the returned reward.
 
     Args:
         part: a `Reward`, which is returned itself, or a function that maps images ``(b, 3, h, w)`` and b prompts to

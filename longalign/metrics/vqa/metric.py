@@ -62,7 +62,7 @@ class VqaMetric(Metric):
 
     @classmethod
     def from_config(cls, config: VqaConfig, runtime: Runtime) -> VqaMetric:
-        """Reads the questions and loads the vision-language model."""
+        """Builds the metric: reads the questions, and loads the vision-language model that answers them."""
         official = config.scoring == "official"
         questions = read_questions(config.questions, official)
         answers = StoredAnswers(config.vlm.build(runtime), config.cache)

@@ -53,7 +53,7 @@ def read_questions(path: Path | str, official: bool = False) -> dict[str, tuple[
     """
     rows = read_csv(Path(path))
     if not rows:
-        raise ValueError(f"{path} contains no questions; expected the columns {', '.join(COLUMNS)}")
+        raise ValueError(f"{path} contains no questions; add rows with the columns {', '.join(COLUMNS)}")
     items: dict[str, str] = {}
     questions: dict[str, dict[int, Question]] = {}
     for where, row in rows[1:] if official else rows:

@@ -79,8 +79,8 @@ def build_model(model_cfg: dict[str, Any], state: dict[str, Tensor], origin: str
 
     Args:
         model_cfg: open_clip's config of the architecture.
-        state: the weights.
-        origin: path of the weights, for the message.
+        state: name -> weight, from `read_state`.
+        origin: path of the weights, for the error message.
 
     Raises:
         ValueError: if the weights do not fit the architecture.
