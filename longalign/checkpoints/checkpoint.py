@@ -179,15 +179,16 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[L
 def read_config(checkpoint: str | Path) -> RunConfig:
     """Returns the config of the run that wrote a checkpoint.
 
-    If keys that only training needs are invalid here, e.g. because a plugin is not installed, ``rewards``, ``trainer``,
-    ``data`` and ``cache`` are emptied with a warning.
+    If keys that only training needs are invalid on this machine, e.g. because a plugin is not installed, all of
+    ``rewards``, ``trainer``, ``data`` and ``cache`` are emptied, with a warning.
 
     Args:
         checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
             read.
 
     Raises:
-        ConfigError: if ``backbone`` or ``encoder`` is invalid here, or any key of a run without a backbone.
+        ConfigError: if ``backbone`` or ``encoder`` is invalid on this machine. For a run without a backbone, which
+            trained a reward: if any key is invalid.
         FileNotFoundError: if the checkpoint does not exist.
     """
     path = checkpoint_file(Path(checkpoint))

@@ -94,8 +94,7 @@ def save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
 
 
 def build_adapters(state: Mapping[str, Tensor]) -> dict[str, TextAdapter]:
-    """Builds the LaVi-Bridge adapters of an encoder (networks that map T5's states, arXiv 2403.07860) from their
-    weights.
+    """Builds an encoder's LaVi-Bridge adapters, networks that map states of T5 (arXiv 2403.07860), from their weights.
 
     Args:
         state: name -> weight of all adapters of the encoder. Adapters of other types are skipped.

@@ -192,7 +192,7 @@ def write_direction(
 
 
 def distribution(components: Tensor) -> dict[str, Any]:
-    """Returns number, mean, standard deviation, quantiles and histogram of n numbers ``(n,)``.
+    """Returns statistics of n numbers ``(n,)``: count, mean, standard deviation, quantiles and histogram.
 
     The keys are those of `Direction.components`.
     """

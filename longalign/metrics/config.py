@@ -32,7 +32,7 @@ class MetricConfig(PartConfig):
     def for_data(self, data: DataConfig) -> Self:
         """Returns the metric config to use if the evaluated prompts are captions of ``data``; by default unchanged.
 
-        A metric that needs the data of the prompts, such as ``facts``, overrides this method to fill in its key.
+        A metric that needs the data of the prompts, such as ``facts``, overrides this method to set its key ``data``.
         """
         return self
 

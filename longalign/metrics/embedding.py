@@ -26,7 +26,7 @@ def build_embedding_reward(config: PartConfig, runtime: Runtime) -> EmbeddingRew
 
 
 def text_direction(text: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Returns the normalized mean ``(d,)`` of the text embeddings of different prompts; a repeated prompt counts once.
+    """Returns the normalized mean ``(d,)`` of the text embeddings of prompts; a repeated prompt counts once.
 
     Args:
         text: ``(n, d)`` text embeddings.

@@ -34,7 +34,8 @@ class Scores:
             prompts: their b prompts.
 
         Raises:
-            NonFiniteReward: if a score is not finite. It contains image and prompt of the first such score.
+            NonFiniteReward: if a score is not finite. The error contains image and prompt of the first non-finite
+                score.
             ValueError: if ``total`` is not a floating-point tensor of shape ``(b,)``.
         """
         check_scores(self.total, images, prompts)
@@ -74,10 +75,10 @@ class Reward(nn.Module):
         return guarded(self, images, prompts).total
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Returns the scores of a batch and their named components.
+        """Returns the scores of a batch of b images and named components of the scores.
 
-        Implementations must return ``Scores(...).checked(images, prompts)``. Callers use `score`, or `guarded` for the
-        components.
+        Subclasses must return ``Scores(...).checked(images, prompts)``. Do not call this method directly: call `score`,
+        or `guarded` if the components are needed too.
 
         Args:
             images: ``(b, 3, h, w)`` in [0, 1]; the scores must have gradient with respect to them.
@@ -99,7 +100,7 @@ class Reward(nn.Module):
             ``(n,)`` scores, higher is better.
 
         Raises:
-            NonFiniteReward, ValueError: as `score`.
+            NonFiniteReward, ValueError: in the cases of `score`.
         """
         return guarded(self, images[list(image_index)], texts).total
 

@@ -29,7 +29,7 @@ class RewardConfig(PartConfig):
     def is_differentiable(self) -> bool:
         """Returns whether the scores have gradient with respect to the images.
 
-        For a reward that wraps others, such as ``sum``: whether the scores of all inner rewards have gradient.
+        For a reward that contains other rewards, such as ``sum``: whether the scores of all of these have gradient.
         """
         return self.differentiable
 

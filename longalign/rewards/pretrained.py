@@ -40,7 +40,7 @@ def find_optional_file(
 
 
 def has_tokenizer(checkpoint: str, revision: str | None = None, subfolder: str | None = None) -> bool:
-    """Returns whether a checkpoint (Hub id or folder) contains a tokenizer; arguments as of `find_optional_file`."""
+    """Returns whether a checkpoint contains a tokenizer. The arguments are those of `find_optional_file`."""
     files = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
     return any(find_optional_file(checkpoint, name, revision, subfolder) for name in files)
 

@@ -203,8 +203,7 @@ class TowerReward(EmbeddingReward):
         return F.normalize(at_least_float32(features), dim=-1)
 
     def segments(self, prompt: str) -> list[str]:
-        """Returns the texts into which a prompt is split and which are encoded one by one, in order. An empty prompt
-        gives one empty text.
+        """Returns the texts into which a prompt is split for encoding, in order; one empty text for an empty prompt.
         """
         return self._segments(prompt, self.segmenter)
 
@@ -294,7 +293,7 @@ class TowerReward(EmbeddingReward):
         Args:
             features: ``(b, d)`` embeddings of the images, from `image_features`.
             prompts: one for each image.
-            segmenter: as of `by_segment`.
+            segmenter: splits prompts; None: as in `by_segment`.
         """
         checked: list[Any] = check_prompts(prompts, lists=False)
         segmenter = segmenter or self.segmenter or Sentence()

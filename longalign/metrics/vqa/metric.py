@@ -104,7 +104,7 @@ class VqaMetric(Metric):
         return {name: np.array([row[name] for row in rows]) for name in (self.label, *self._category_names())}
 
     def statistics(self) -> dict[str, Statistic]:
-        """Returns, for each category, the function that computes the share of its questions answered with yes."""
+        """Returns category value -> function that computes the share of the category's questions answered with yes."""
         return {name: partial(_share, name) for name in self._category_names()}
 
     def _questions(self, prompt: str) -> Sequence[Question]:
