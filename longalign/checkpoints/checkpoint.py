@@ -226,8 +226,8 @@ def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> N
         encoder: encoder of the checkpoint's config.
 
     Raises:
-        ValueError: if the weights do not fit the backbone or the encoder's adapter, or the checkpoint has an adapter
-            and the encoder has none, or the reverse.
+        ValueError: if the weights do not fit the backbone or the encoder's adapter, or only one of checkpoint and
+            encoder has an adapter.
     """
     weights = load_weights(checkpoint)
     if weights.denoiser:

@@ -70,6 +70,5 @@ def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def exported_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config, as a dict, without the keys `PRIVATE_KEYS`. Their values differ between checkpoint and export.
-    """
+    """Returns a config, as a dict, without the keys `PRIVATE_KEYS`, whose values an export changes."""
     return {key: value for key, value in config.items() if key not in PRIVATE_KEYS}

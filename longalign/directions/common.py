@@ -50,7 +50,7 @@ class CommonDirection(nn.Module):
             if source.shape != (dim,):
                 raise ValueError(
                     f"expected a direction of shape ({dim},), the reward's width, got {tuple(source.shape)}; compute "
-                    "one for this reward"
+                    "a direction for this reward with `longalign compute-direction`"
                 )
             # not persistent: it is reloaded from its file
             self.register_buffer("fixed", nn.functional.normalize(source.float(), dim=0), persistent=False)

@@ -143,7 +143,10 @@ def paired_images(over: Path | str, reference: Path | str) -> tuple[list[str], l
             "and --seed"
         )
     if len(keys[0]) < 2:
-        raise ValueError(f"a measured direction requires at least 2 pairs of images, got {len(keys[0])}; add prompts")
+        raise ValueError(
+            f"a measured direction requires at least 2 pairs of images, got {len(keys[0])}; generate images of "
+            "more prompts or seeds"
+        )
     changed, original = ([path for _, path in rows] for rows in found)
     return [prompt for prompt, _ in keys[0]], changed, original
 

@@ -73,9 +73,13 @@ def condition(
     parameters = inspect.signature(pipe.__call__).parameters
     inputs = prompt_inputs(pipe, getattr(_denoiser(pipe), "config", None))
     if not inputs.sequences:
-        raise ValueError(f"expected a pipeline that accepts 'prompt_embeds', got {name}; pass the prompt to it instead")
+        raise ValueError(
+            f"expected a pipeline that accepts 'prompt_embeds', got {name}; pass the prompt to the pipeline instead"
+        )
     if inputs.unsupported is not None:
-        raise ValueError(f"{name} takes {inputs.unsupported}, which no encoder gives; pass the prompt to it instead")
+        raise ValueError(
+            f"{name} takes {inputs.unsupported}, which no encoder gives; pass the prompt to the pipeline instead"
+        )
     sources = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder]
     if len(sources) != len(inputs.sequences):
         raise ValueError(

@@ -21,7 +21,10 @@ def build_embedding_reward(config: PartConfig, runtime: Runtime) -> EmbeddingRew
     """
     reward = registry.rewards.construct(config, runtime)
     if not isinstance(reward, EmbeddingReward):
-        raise ValueError(f"the reward '{config.name}' has no embeddings; expected an EmbeddingReward such as clip")
+        raise ValueError(
+            f"the reward '{config.name}' has no embeddings; use a reward whose score is a dot product of "
+            "embeddings (an EmbeddingReward), such as clip"
+        )
     return reward.eval()
 
 

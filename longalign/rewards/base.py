@@ -189,7 +189,8 @@ def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError("expected a sequence of prompts, one for each image, got one string; pass [prompt]")
     if len(images) != len(prompts):
         raise ValueError(
-            f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts; pass one each"
+            f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts; pass "
+            "equal numbers"
         )
     check_prompts(prompts, lists=False)
 

@@ -78,7 +78,7 @@ def image_statistics(
         checkpoint: Hub id or local folder.
         revision: branch, tag or commit of the Hub repository; None: its main branch.
         subfolder: subfolder with the config of the image processor; None: the checkpoint itself.
-        default: mean and standard deviation to return if the checkpoint has none.
+        default: mean and standard deviation to return if the checkpoint contains none.
     """
     values = image_processor_config(checkpoint, revision, subfolder)
     if "image_mean" in values and "image_std" in values:

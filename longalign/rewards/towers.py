@@ -203,8 +203,7 @@ class TowerReward(EmbeddingReward):
         return F.normalize(at_least_float32(features), dim=-1)
 
     def segments(self, prompt: str) -> list[str]:
-        """Returns the texts into which a prompt is split for encoding, in order; one empty text for an empty prompt.
-        """
+        """Returns the texts into which a prompt is split for encoding, in order; one empty text for an empty prompt."""
         return self._segments(prompt, self.segmenter)
 
     def _segments(self, prompt: str, segmenter: Segmenter | None, reserved: int = 0) -> list[str]:
@@ -243,7 +242,7 @@ class TowerReward(EmbeddingReward):
         if reserved >= self.towers.window:
             raise ValueError(
                 f"the control word {shorten(prefix)} has {reserved} tokens and the reward's text tower a window of "
-                f"{self.towers.window}, which leaves none for the prompt; use a shorter one"
+                f"{self.towers.window}, which leaves no token for the prompt; use a shorter control word"
             )
         return _means(*self.segment_features(prompts, prefix))
 

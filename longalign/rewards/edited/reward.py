@@ -23,8 +23,8 @@ class EditedReward(Reward):
     ``C_X`` is the image embedding and ``C_P`` the text embedding of `EmbeddingReward`. `Scores.parts` contain the
     decomposition of the original score ``C_X . C_P`` along the common direction ``V``: ``text_relevant``
     (``C_X . C_P_perp``), ``text_irrelevant`` (``C_X . eta V``) and ``eta``, see `longalign.functional.preference`.
-    These three do not depend on the edit. They are omitted if the prompts have no common direction and the edit needs
-    none. ``edit_norm`` is the norm of ``f(C_P)``, the gradient of the score with respect to ``C_X``. The edit may add
+    These three do not depend on the edit. If the prompts have no common direction, they are omitted if the edit works
+    without one. ``edit_norm`` is the norm of ``f(C_P)``, the gradient of the score with respect to ``C_X``. The edit may add
     further parts.
 
     Args:
