@@ -163,7 +163,8 @@ def write_direction(
     """Builds a reward, computes a direction and writes it to a file: ``longalign compute-direction``.
 
     Args:
-        config: a reward: name, mapping or config. For ``edited`` and ``reweighted``, the inner reward is used.
+        config: the reward, as its name, a mapping or a config. For ``edited`` and ``reweighted``, its inner reward is
+            used.
         output: output file, usually ``*.safetensors``; an existing file is replaced.
         prompts: the corpus for `compute_direction`. Not used with ``images``.
         images: the folders ``(over, reference)`` for `measure_direction`; None computes the direction of ``prompts``.

@@ -123,8 +123,9 @@ class EmbeddingReward(Reward):
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Returns text embeddings ``(b, d)`` of b prompts, without gradient unless the reward is trained.
 
-        Each row is the embedding of the whole prompt, of norm 1. If the reward splits prompts into segments, e.g.
-        sentences, it is the mean of the segments' embeddings of norm 1, not normalized again (Denscore, paper 3.2).
+        Each row has norm 1 and is the embedding of a whole prompt. If the reward splits prompts into segments, e.g.
+        sentences, a row is instead the mean of the segments' embeddings of norm 1 and is not normalized again
+        (Denscore, paper 3.2).
         """
         raise NotImplementedError(f"{type(self).__name__} must implement text_features")
 

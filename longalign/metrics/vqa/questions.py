@@ -23,7 +23,7 @@ class Question:
     Attributes:
         number: number of the question, unique among the questions of its prompt.
         text: the question.
-        category: what it asks about, e.g. ``attribute``.
+        category: what the question asks about, e.g. ``attribute``.
         parents: numbers of the questions that must also be answered with yes for this question to hold.
     """
 
