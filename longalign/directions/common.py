@@ -92,7 +92,7 @@ class CommonDirection(nn.Module):
             self.running_count.copy_(count)
         elif not self.running_count:
             raise UndefinedDirection(
-                "the running direction has no prompts yet; score in training mode first, or set the direction to a file of `longalign "
-                "compute-direction`"
+                "the running direction has no prompts yet; score in training mode first, or set the "
+                "direction to a file of `longalign compute-direction`"
             )
         return preference.normalize(self.running_mean).to(text.device)

@@ -111,8 +111,7 @@ class Direction:
         return self.vector
 
     def common_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
-        """Returns ``vector`` ``(d,)``, after checking that ``kind`` is ``"text"``; also makes the check of
-        `vector_for`.
+        """Returns ``vector`` ``(d,)``, after checking that ``kind`` is ``"text"`` and checking as `vector_for` does.
 
         Args:
             reward: the reward.
