@@ -179,15 +179,16 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], loras: Sequence[L
 def read_config(checkpoint: str | Path) -> RunConfig:
     """Returns the config of the run that wrote a checkpoint.
 
-    If keys that only training needs are invalid here, e.g. because a plugin is not installed, ``rewards``, ``trainer``,
-    ``data`` and ``cache`` are emptied with a warning.
+    If keys that only training needs are invalid on this machine, e.g. because a plugin is not installed, all of
+    ``rewards``, ``trainer``, ``data`` and ``cache`` are emptied, with a warning.
 
     Args:
         checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
             read.
 
     Raises:
-        ConfigError: if ``backbone`` or ``encoder`` is invalid here, or any key of a run without a backbone.
+        ConfigError: if ``backbone`` or ``encoder`` is invalid on this machine. For a run without a backbone, which
+            trained a reward: if any key is invalid.
         FileNotFoundError: if the checkpoint does not exist.
     """
     path = checkpoint_file(Path(checkpoint))
@@ -225,8 +226,8 @@ def load_into(checkpoint: str | Path, backbone: Backbone, encoder: Encoder) -> N
         encoder: encoder of the checkpoint's config.
 
     Raises:
-        ValueError: if the weights do not fit the backbone or the encoder's adapter, or the checkpoint has an adapter
-            and the encoder has none, or the reverse.
+        ValueError: if the weights do not fit the backbone or the encoder's adapter, or only one of checkpoint and
+            encoder has an adapter.
     """
     weights = load_weights(checkpoint)
     if weights.denoiser:
@@ -246,7 +247,7 @@ def load_for_sampling(
     Args:
         checkpoint: the checkpoint's file or folder, or the output folder of a run, of which the newest checkpoint is
             loaded.
-        runtime: device and dtype. None: those of ``device`` and ``dtype``, which have no effect otherwise.
+        runtime: device and dtype. If given, the arguments ``device`` and ``dtype`` have no effect; None: uses these.
         device: a torch device, e.g. ``"cuda"``; None: the fastest available one.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``, for all weights except those of the encoder's adapter;
             None: the dtype of ``loop.precision`` in training.

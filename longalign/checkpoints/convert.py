@@ -34,8 +34,9 @@ def convert_longsd(
 ) -> Path:
     """Converts the published LongAlign weights (longSD) to a checkpoint for ``longalign generate`` and ``init_from``.
 
-    These are the LoRAs of two training stages, supervised (align) and by reward, and the adapter of T5. Also writes
-    ``pytorch_lora_weights.safetensors``, the sum of the LoRAs, for ``load_lora_weights`` of a diffusers pipeline.
+    The published weights are the LoRAs of two training stages, first supervised (align), then by reward, and the
+    adapter of T5. The function also writes ``pytorch_lora_weights.safetensors``, the sum of the LoRAs, for
+    ``load_lora_weights`` of a diffusers pipeline.
 
     Args:
         source: folder with ``s28750_adapter/``, ``s28750_lora_vis.pt`` and ``sd15-reward-3750.pt``.

@@ -94,13 +94,13 @@ def save_denoiser(config: RunConfig, weights: Weights, output: Path) -> Path:
 
 
 def build_adapters(state: Mapping[str, Tensor]) -> dict[str, TextAdapter]:
-    """Builds the LaVi-Bridge adapters of an encoder (networks after T5, arXiv 2403.07860) from their weights.
+    """Builds an encoder's LaVi-Bridge adapters, networks that map states of T5 (arXiv 2403.07860), from their weights.
 
     Args:
         state: name -> weight of all adapters of the encoder. Adapters of other types are skipped.
 
     Returns:
-        The adapters, named ``adapter``, ``adapter-2`` and so on.
+        Name -> adapter, with the names ``adapter``, ``adapter-2`` and so on. Empty if there is no such adapter.
     """
     adapters: dict[str, TextAdapter] = {}
     for key in state:

@@ -174,6 +174,6 @@ def read_table(path: Path, config: RunConfig | None = None) -> MetricTable:
     ):
         raise ValueError(
             f"{path} has the models {', '.join(configs)}: none has the config of this checkpoint; "
-            "expected the output of `longalign eval --json` for its images"
+            "pass the output of `longalign eval --json` for images of this checkpoint"
         )
     return table

@@ -34,7 +34,7 @@ def redacted(value: Any, redact: Callable[[str], str] = redact_url) -> Any:
 def redact_path(text: str) -> str:
     """Shortens an absolute path, or a path that starts with ``~``, to its last part.
 
-    From other texts, credentials in URLs are removed.
+    A text that is no such path is returned without the credentials in its URLs.
     """
     if "\n" not in text and "://" not in text:
         for path_class in (PurePosixPath, PureWindowsPath):
@@ -70,5 +70,5 @@ def exported_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def exported_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config, as a dict, without `PRIVATE_KEYS`, whose values differ between a checkpoint and its export."""
+    """Returns a config, as a dict, without the keys `PRIVATE_KEYS`, whose values an export changes."""
     return {key: value for key, value in config.items() if key not in PRIVATE_KEYS}

@@ -25,7 +25,7 @@ def push_to_hub(
     Args:
         folder: a folder written by `longalign.checkpoints.publish.export`.
         repository: name of the repository, ``owner/name``.
-        private: whether the repository is private if it is created.
+        private: whether a newly created repository is private. No effect on an existing repository.
         token: Hub token; None: the token saved by ``hf auth login``.
         revision: branch to upload to, created if needed; None: the main branch.
         message: commit message.

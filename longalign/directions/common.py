@@ -50,7 +50,7 @@ class CommonDirection(nn.Module):
             if source.shape != (dim,):
                 raise ValueError(
                     f"expected a direction of shape ({dim},), the reward's width, got {tuple(source.shape)}; compute "
-                    "one for this reward"
+                    "a direction for this reward with `longalign compute-direction`"
                 )
             # not persistent: it is reloaded from its file
             self.register_buffer("fixed", nn.functional.normalize(source.float(), dim=0), persistent=False)
@@ -64,11 +64,12 @@ class CommonDirection(nn.Module):
 
         Args:
             text: ``(b, d)`` text embeddings of this process's part of the batch.
-            update: whether to add the embeddings to the mean of a running direction; no effect for other sources.
+            update: whether to add the embeddings to the mean of the source ``"running"``; no effect for other sources.
 
         Raises:
-            UndefinedDirection: with the source ``"batch"``, if the batch has fewer than two different prompts: no
-                component orthogonal to ``V`` would be left. With ``"running"``, if there was no update yet.
+            UndefinedDirection: with the source ``"batch"``, if the batch of all processes has fewer than two different
+                prompts, because no component orthogonal to ``V`` would be left. With the source ``"running"``, if there
+                was no update yet.
         """
         if self.mode == "fixed":
             return self.fixed.to(text.device)
@@ -91,6 +92,7 @@ class CommonDirection(nn.Module):
             self.running_count.copy_(count)
         elif not self.running_count:
             raise UndefinedDirection(
-                "the running direction has no prompts yet; score in training mode first, or use a file"
+                "the running direction has no prompts yet; score in training mode first, or set the "
+                "direction to a file of `longalign compute-direction`"
             )
         return preference.normalize(self.running_mean).to(text.device)

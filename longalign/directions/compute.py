@@ -119,7 +119,11 @@ def measure_direction(
 
 
 def paired_images(over: Path | str, reference: Path | str) -> tuple[list[str], list[Path], list[Path]]:
-    """Pairs the images of two folders of ``longalign generate`` by prompt and seed.
+    """Pairs the images of two folders, written by ``longalign generate``, by prompt and seed.
+
+    Args:
+        over: folder with images of an over-optimized model.
+        reference: folder with images of its reference model.
 
     Returns:
         The prompts, the image files in ``over`` and the image files in ``reference``: three lists of equal length,
@@ -139,7 +143,10 @@ def paired_images(over: Path | str, reference: Path | str) -> tuple[list[str], l
             "and --seed"
         )
     if len(keys[0]) < 2:
-        raise ValueError(f"a measured direction requires at least 2 pairs of images, got {len(keys[0])}; add prompts")
+        raise ValueError(
+            f"a measured direction requires at least 2 pairs of images, got {len(keys[0])}; generate images of "
+            "more prompts or seeds"
+        )
     changed, original = ([path for _, path in rows] for rows in found)
     return [prompt for prompt, _ in keys[0]], changed, original
 
@@ -156,7 +163,8 @@ def write_direction(
     """Builds a reward, computes a direction and writes it to a file: ``longalign compute-direction``.
 
     Args:
-        config: a reward: name, mapping or config. For ``edited`` and ``reweighted``, the inner reward is used.
+        config: the reward, as its name, a mapping or a config. For ``edited`` and ``reweighted``, its inner reward is
+            used.
         output: output file, usually ``*.safetensors``; an existing file is replaced.
         prompts: the corpus for `compute_direction`. Not used with ``images``.
         images: the folders ``(over, reference)`` for `measure_direction`; None computes the direction of ``prompts``.
@@ -188,7 +196,7 @@ def write_direction(
 
 
 def distribution(components: Tensor) -> dict[str, Any]:
-    """Returns number, mean, standard deviation, quantiles and histogram of n numbers ``(n,)``.
+    """Returns statistics of n numbers ``(n,)``: count, mean, standard deviation, quantiles and histogram.
 
     The keys are those of `Direction.components`.
     """

@@ -36,12 +36,13 @@ class Direction:
         probe: ``(k, d)`` embeddings of the k fixed texts `PROBE` by the reward for which the direction was computed. A
             reward with different embeddings of these texts cannot use the direction.
         kind: ``"text"`` for the normalized mean of text embeddings (the common direction ``V``), ``"images"`` for the
-            normalized mean difference of image embeddings of two models. Use a different name for directions that were
-            computed with a different method.
+            normalized mean difference of image embeddings of two models, or another name for a vector that was computed
+            in another way.
         count: number of prompts, or of pairs of images, from which the direction was computed; 0 if unknown.
-        components: statistics of the components along the direction, of text embeddings (``eta``) or of differences of
-            image embeddings. Keys: their number ``count``, ``mean``, ``std``, ``quantiles`` (probability as text ->
-            value), and ``edges`` and ``counts`` of the bins of a histogram. Empty if unknown.
+        components: statistics of the components along the direction: of the text embeddings (``eta``), or for the kind
+            ``"images"`` of the differences of image embeddings. Keys: ``count`` (number of components), ``mean``,
+            ``std``, ``quantiles`` (probability as text -> value), ``edges`` and ``counts`` (of the bins of a
+            histogram). Empty if unknown.
         inner: config of the reward for which the direction was computed; empty if unknown.
         origin: further information on the computation, e.g. the image folders.
     """
@@ -110,14 +111,14 @@ class Direction:
         return self.vector
 
     def common_for(self, reward: EmbeddingReward, config: PartConfig | None = None) -> Tensor:
-        """Returns ``vector`` ``(d,)``, after checking that ``kind`` is ``"text"``, and what `vector_for` checks.
+        """Returns ``vector`` ``(d,)``, after checking that ``kind`` is ``"text"`` and checking as `vector_for` does.
 
         Args:
             reward: the reward.
             config: config of ``reward``, for messages; None if unknown.
 
         Raises:
-            ValueError: if ``kind`` is different, or the direction was not computed with ``reward``.
+            ValueError: if ``kind`` is not ``"text"``, or the direction was not computed with ``reward``.
         """
         if self.kind != TEXT:
             raise ValueError(

@@ -59,8 +59,9 @@ def call_kwargs(pipe: Any, **settings: Any) -> dict[str, Any]:
 def caption_cleaning_kwargs(pipe: Any) -> dict[str, bool]:
     """Returns the keyword argument that disables caption cleaning (of markup and URLs) if its libraries are missing.
 
-    It is ``{"clean_caption": False}``, and a warning is logged, if the pipeline would clean captions. Without this
-    argument, diffusers also skips the cleaning, but warns in every call. Otherwise returns no arguments.
+    If the pipeline cleans captions by default and a library is missing, logs a warning and returns ``{"clean_caption":
+    False}``. In all other cases, returns an empty dict. Without the argument, diffusers would skip the cleaning too,
+    but warn in every call.
     """
     parameter = inspect.signature(pipe.__call__).parameters.get("clean_caption")
     missing = [name for module, name in CLEANERS.items() if find_spec(module) is None]

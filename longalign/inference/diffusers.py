@@ -33,8 +33,8 @@ def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
     texts = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
     if len(texts) != count:
         raise ValueError(
-            f"expected one negative prompt for all or one per prompt, got {len(texts)} for {count} prompts; pass one "
-            "text, or a list of this length"
+            f"expected one negative prompt for all or one per prompt, got {len(texts)} negative prompts for {count} "
+            f"prompts; pass one text, or a list of {count} texts"
         )
     return texts
 
@@ -73,9 +73,13 @@ def condition(
     parameters = inspect.signature(pipe.__call__).parameters
     inputs = prompt_inputs(pipe, getattr(_denoiser(pipe), "config", None))
     if not inputs.sequences:
-        raise ValueError(f"expected a pipeline that accepts 'prompt_embeds', got {name}; pass the prompt to it instead")
+        raise ValueError(
+            f"expected a pipeline that accepts 'prompt_embeds', got {name}; pass the prompt to the pipeline instead"
+        )
     if inputs.unsupported is not None:
-        raise ValueError(f"{name} takes {inputs.unsupported}, which no encoder gives; pass the prompt to it instead")
+        raise ValueError(
+            f"{name} takes {inputs.unsupported}, which no encoder gives; pass the prompt to the pipeline instead"
+        )
     sources = list(encoder) if isinstance(encoder, (list, tuple)) else [encoder]
     if len(sources) != len(inputs.sequences):
         raise ValueError(

@@ -61,7 +61,8 @@ class PromptInputs:
         pooled: name of the argument that takes the pooled embedding; None if there is none.
         pooled_width: width of the pooled embedding; None if unknown.
         negative: whether the pipeline takes embeddings of negative prompts.
-        unsupported: what the pipeline needs and no encoder gives, in words; None if there is nothing.
+        unsupported: an input, in words, that the pipeline needs and no `Encoder` provides; None if there is no such
+            input.
     """
 
     sequences: tuple[StatesInput, ...]
@@ -71,7 +72,7 @@ class PromptInputs:
     unsupported: str | None
 
     def describe(self) -> str:
-        """Returns the names of the arguments with their widths as text, for messages."""
+        """Returns a text for messages: the names of the arguments for text embeddings, with their widths."""
         named = [(s.states, s.width) for s in self.sequences]
         named += [(self.pooled, self.pooled_width)] if self.pooled else []
         return ", ".join(f"'{name}'" + (f" of width {width}" if width else "") for name, width in named)
@@ -82,7 +83,7 @@ def width_keys(name: str, keys: Container[str]) -> list[str]:
 
     Args:
         name: name of the pipeline's argument, e.g. ``"prompt_embeds"``.
-        keys: keys of the denoiser's config; only these are returned.
+        keys: keys that the denoiser's config has; other keys are not returned.
     """
     return [key for key in WIDTH_KEYS.get(name, ()) if key in keys]
 

@@ -77,10 +77,12 @@ def sample(
             f"expected one seed per prompt, got {len(seeds)} seeds and {len(prompts)} prompts; pass equal numbers"
         )
     if not math.isfinite(guidance):
-        raise ValueError(f"expected a finite number as guidance, got {guidance}; choose one such as 7.5")
+        raise ValueError(f"expected a finite number as guidance, got {guidance}; choose a number such as 7.5")
     check_negative(negative, guidance)
     if guidance_interval is not None and guidance == 1:
-        raise ValueError("guidance_interval has no effect at guidance 1; remove it or raise the guidance")
+        raise ValueError(
+            "guidance_interval has no effect at guidance 1; remove guidance_interval, or raise the guidance"
+        )
     negatives = per_prompt(negative, len(prompts))
     batches = range(0, len(prompts), batch_size)
     images = []

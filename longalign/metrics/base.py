@@ -73,16 +73,16 @@ class Metric(nn.Module):
             images: ``(b, 3, h, w)`` in [0, 1]; batches may differ in height and width.
             prompts: the ``b`` prompts, one for each image.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement observe")
 
     def finish(self, observations: Observations, prompts: Sequence[str], seeds: Sequence[int]) -> Observations:
         """Returns one value per image: name -> ``(n,)``, NaN where an image has no value.
 
-        The default returns the observations of shape ``(n,)``. Override this method if the value of an image depends on
-        the other images or prompts, as for retrieval and diversity.
+        The default returns those observations that have the shape ``(n,)``. Override this method if the value of an
+        image depends on the other images or prompts, as for retrieval and diversity.
 
         Args:
-            observations: the observations of all ``n`` images of one model.
+            observations: name -> ``(n,)`` or ``(n, d)``: the results of `observe` for all ``n`` images of one model.
             prompts: the prompt of each image; images of one prompt have different seeds.
             seeds: the seed of each image; empty if unknown.
         """

@@ -32,7 +32,7 @@ class MetricConfig(PartConfig):
     def for_data(self, data: DataConfig) -> Self:
         """Returns the metric config to use if the evaluated prompts are captions of ``data``; by default unchanged.
 
-        A metric that needs the data of the prompts, such as ``facts``, overrides this method to fill in its key.
+        A metric that needs the data of the prompts, such as ``facts``, overrides this method to set its key ``data``.
         """
         return self
 
@@ -41,7 +41,8 @@ def name_problems(metrics: Iterable[MetricConfig]) -> list[ConfigProblem]:
     """Checks that the prefixes of the metrics of a table differ.
 
     Returns:
-        One problem, i.e. config key and message, if several metrics have the same prefix; otherwise an empty list.
+        A list with one problem (config key and message) if several metrics have the same prefix; otherwise an empty
+        list.
     """
     counts = Counter(metric.prefix() for metric in metrics)
     if repeated := [prefix for prefix, count in counts.items() if count > 1]:

@@ -28,8 +28,9 @@ class Diversity(Metric):
 
     Args:
         label: name of the values in the table.
-        reward: the distance of two images is one minus the cosine of their embeddings by this reward. If None, it is
-            the root mean square difference of their pixels in [0, 1], after averaging each image to 32 by 32 pixels.
+        reward: a reward with image embeddings; the distance of two images is one minus the cosine of their embeddings.
+            If None, the distance is the root mean square difference of their pixels in [0, 1], after averaging each
+            image to 32 by 32 pixels.
     """
 
     def __init__(self, label: str, reward: EmbeddingReward | None):

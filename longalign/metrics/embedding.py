@@ -21,12 +21,15 @@ def build_embedding_reward(config: PartConfig, runtime: Runtime) -> EmbeddingRew
     """
     reward = registry.rewards.construct(config, runtime)
     if not isinstance(reward, EmbeddingReward):
-        raise ValueError(f"the reward '{config.name}' has no embeddings; expected an EmbeddingReward such as clip")
+        raise ValueError(
+            f"the reward '{config.name}' has no embeddings; use a reward whose score is a dot product of "
+            "embeddings (an EmbeddingReward), such as clip"
+        )
     return reward.eval()
 
 
 def text_direction(text: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Returns the normalized mean ``(d,)`` of the text embeddings of different prompts; a repeated prompt counts once.
+    """Returns the normalized mean ``(d,)`` of the text embeddings of prompts; a repeated prompt counts once.
 
     Args:
         text: ``(n, d)`` text embeddings.

@@ -22,7 +22,7 @@ from longalign.runtime import Runtime
 
 
 class Embeddings(nn.Module):
-    """Maps images ``(b, 3, h, w)`` in [0, 1] to the image embeddings ``(b, d)`` of a reward."""
+    """Feature extractor that maps images ``(b, 3, h, w)`` in [0, 1] to their embeddings ``(b, d)`` by a reward."""
 
     def __init__(self, reward: EmbeddingReward):
         super().__init__()
@@ -71,7 +71,7 @@ class Frechet(Metric):
     different scales.
 
     Args:
-        label: name of the value in the table.
+        label: name of the value in the table of metrics.
         extractor: module or function that returns features ``(b, d)`` of images ``(b, 3, h, w)`` in [0, 1].
         reference: features ``(n, d)`` of the reference images, ``n >= 2``.
     """

@@ -20,7 +20,7 @@ from longalign.segmenters import sentences
 
 
 class Retrieval(Metric):
-    """R@1: whether the most similar image of a prompt is its own, or the reverse (LongAlign, paper, table 1).
+    """R@1: whether the image most similar to a prompt is its own, or the reverse, see ``query`` (LongAlign, table 1).
 
     The similarity of an image and a prompt is ``C_X . C_P``, the dot product of image and text embedding. With
     ``orthogonal`` it is ``C_X . C_P_perp``, where ``C_P_perp`` is the component of ``C_P`` orthogonal to the mean text

@@ -93,7 +93,7 @@ class RewardMetric(Metric):
     def by_segment(
         self, images: Tensor, prompts: Sequence[str], features: Tensor | None = None
     ) -> list[list[tuple[str, float]]]:
-        """Returns text and score of each segment of each prompt, as `longalign.rewards.TowerReward.by_segment`.
+        """Returns text and score of each segment of each prompt, like `longalign.rewards.TowerReward.by_segment`.
 
         Args:
             images: ``(b, 3, h, w)`` in [0, 1].
@@ -116,7 +116,8 @@ class RewardMetric(Metric):
             features: ``(b, d)`` embeddings of the images, if already computed; None computes them.
 
         Returns:
-            For each image, one number per text. It is the cosine if the text is encoded in one pass.
+            For each image, one number per text. It is the cosine if the text is encoded in one pass. It can be smaller
+            in absolute value if the reward splits the text into segments, whose mean embedding has a norm below 1.
         """
         inner = self._inner()
         known: Tensor = inner.image_features(images) if features is None else features

@@ -34,7 +34,8 @@ class Scores:
             prompts: their b prompts.
 
         Raises:
-            NonFiniteReward: if a score is not finite. It contains image and prompt of the first such score.
+            NonFiniteReward: if a score is not finite. The error contains image and prompt of the first non-finite
+                score.
             ValueError: if ``total`` is not a floating-point tensor of shape ``(b,)``.
         """
         check_scores(self.total, images, prompts)
@@ -74,16 +75,16 @@ class Reward(nn.Module):
         return guarded(self, images, prompts).total
 
     def score_components(self, images: Tensor, prompts: Sequence[str]) -> Scores:
-        """Returns the scores of a batch and their named components.
+        """Returns the scores of a batch of b images and named components of the scores.
 
-        Implementations must return ``Scores(...).checked(images, prompts)``. Callers use `score`, or `guarded` for the
-        components.
+        Subclasses must return ``Scores(...).checked(images, prompts)``. Do not call this method directly: call `score`,
+        or `guarded` if the components are needed too.
 
         Args:
             images: ``(b, 3, h, w)`` in [0, 1]; the scores must have gradient with respect to them.
             prompts: b prompts, one for each image.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement score_components")
 
     def score_texts(self, images: Tensor, texts: Sequence[str], image_index: Sequence[int]) -> Tensor:
         """Scores texts of which several may belong to one image, such as the sentences of its prompt.
@@ -99,7 +100,7 @@ class Reward(nn.Module):
             ``(n,)`` scores, higher is better.
 
         Raises:
-            NonFiniteReward, ValueError: as `score`.
+            NonFiniteReward, ValueError: in the cases of `score`.
         """
         return guarded(self, images[list(image_index)], texts).total
 
@@ -117,15 +118,16 @@ class EmbeddingReward(Reward):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Returns embeddings ``(b, d)`` of norm 1 of images ``(b, 3, h, w)`` in [0, 1] of any size, with gradient."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement image_features")
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Returns text embeddings ``(b, d)`` of b prompts, without gradient unless the reward is trained.
 
-        Each row is the embedding of the whole prompt, of norm 1. If the reward splits prompts into segments, e.g.
-        sentences, it is the mean of the segments' embeddings of norm 1, not normalized again (Denscore, paper 3.2).
+        Each row has norm 1 and is the embedding of a whole prompt. If the reward splits prompts into segments, e.g.
+        sentences, a row is instead the mean of the segments' embeddings of norm 1 and is not normalized again
+        (Denscore, paper 3.2).
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement text_features")
 
     def prefixed_features(self, prompts: Sequence[str], prefix: str) -> Tensor:
         """Returns text embeddings ``(b, d)`` of prompts with a word or phrase in front, separated by a space.
@@ -163,7 +165,7 @@ class CallableReward(Reward):
 
 
 def as_reward(part: Any, name: str = "") -> Reward:
-    """Returns a `Reward` for a reward or a function, and sets its label.
+    """Returns a `Reward` for a reward or a function, and sets the label of the returned reward.
 
     Args:
         part: a `Reward`, which is returned itself, or a function that maps images ``(b, 3, h, w)`` and b prompts to
@@ -188,7 +190,8 @@ def check_pairs(images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError("expected a sequence of prompts, one for each image, got one string; pass [prompt]")
     if len(images) != len(prompts):
         raise ValueError(
-            f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts; pass one each"
+            f"expected one prompt for each image, got {len(images)} images and {len(prompts)} prompts; pass "
+            "equal numbers"
         )
     check_prompts(prompts, lists=False)
 

@@ -29,7 +29,7 @@ class RewardConfig(PartConfig):
     def is_differentiable(self) -> bool:
         """Returns whether the scores have gradient with respect to the images.
 
-        For a reward that wraps others, such as ``sum``: whether the scores of all inner rewards have gradient.
+        For a reward that contains other rewards, such as ``sum``: whether the scores of all of these have gradient.
         """
         return self.differentiable
 
@@ -93,17 +93,22 @@ class TowerRewardConfig(RewardConfig):
             )
         if self.text != "segments" and self.truncate_segments:
             raise ValueError(
-                f"truncate_segments has no effect with `text: {self.text}`; set `text: segments`, or remove it"
+                f"truncate_segments has no effect with `text: {self.text}`; set `text: segments`, or "
+                "remove truncate_segments"
             )
         if self.crop is None and self.crop_position == "batch":
-            raise ValueError("`crop_position: batch` has no effect without a crop; set `crop`, or remove it")
+            raise ValueError(
+                "`crop_position: batch` has no effect without a crop; set `crop`, or remove `crop_position`"
+            )
         return self
 
     @field_validator("crop")
     @classmethod
     def _check_crop(cls, crop: int | float | None) -> int | float | None:
         if isinstance(crop, float) and not 0 < crop < 1:
-            raise ValueError(f"expected a crop fraction between 0 and 1, got {crop}; for pixels, use an int")
+            raise ValueError(
+                f"expected a crop fraction between 0 and 1, got {crop}; for a crop in pixels, use an integer"
+            )
         if isinstance(crop, int) and crop < 1:
             raise ValueError(f"expected a crop of at least 1 pixel, got {crop}; for no crop, use null")
         return crop

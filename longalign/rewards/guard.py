@@ -62,7 +62,7 @@ def check_scores(total: Any, images: Tensor, prompts: Sequence[str], reward: str
     """Checks that ``total`` contains one finite score for each image.
 
     Args:
-        total: what a reward returned; expected are ``(b,)`` scores.
+        total: the result of a reward, which should be a tensor of scores ``(b,)``.
         images: ``(b, 3, h, w)`` images that were scored.
         prompts: b prompts, one for each image.
         reward: name of the reward for messages; empty if unknown.

@@ -20,11 +20,11 @@ def micro_batched(
 
     Args:
         function: maps the images and rows of a micro-batch to a tensor with one row per image.
-        size: number of images per micro-batch; None for all.
+        size: number of images per micro-batch; None: all images in one call.
         images: ``(b, ...)``, one row per image, e.g. pixels or states.
         rows: further arguments of length b, e.g. texts.
-        trainable: whether parameters that ``function`` uses need gradient. The recomputed call then repeats the random
-            numbers of the first one, e.g. of dropout.
+        trainable: whether parameters that ``function`` uses need gradient. If so, the recomputed call draws the same
+            random numbers as the first call, e.g. for dropout.
     """
     if size is None or len(images) <= size:
         return function(images, *rows)

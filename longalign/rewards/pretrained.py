@@ -40,7 +40,7 @@ def find_optional_file(
 
 
 def has_tokenizer(checkpoint: str, revision: str | None = None, subfolder: str | None = None) -> bool:
-    """Returns whether a checkpoint (Hub id or folder) contains a tokenizer; arguments as of `find_optional_file`."""
+    """Returns whether a checkpoint contains a tokenizer. The arguments are those of `find_optional_file`."""
     files = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
     return any(find_optional_file(checkpoint, name, revision, subfolder) for name in files)
 
@@ -78,7 +78,7 @@ def image_statistics(
         checkpoint: Hub id or local folder.
         revision: branch, tag or commit of the Hub repository; None: its main branch.
         subfolder: subfolder with the config of the image processor; None: the checkpoint itself.
-        default: mean and standard deviation to return if the checkpoint has none.
+        default: mean and standard deviation to return if the checkpoint contains none.
     """
     values = image_processor_config(checkpoint, revision, subfolder)
     if "image_mean" in values and "image_std" in values:

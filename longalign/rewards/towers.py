@@ -40,7 +40,7 @@ class Towers(nn.Module):
 
     def count_tokens(self, text: str) -> int:
         """Returns the number of tokens of a text, without special tokens."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement count_tokens")
 
     def num_positions(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of positions, padding included, that each text occupies in a pass of the text tower.
@@ -56,11 +56,11 @@ class Towers(nn.Module):
         Args:
             pixels: ``(b, 3, h, w)`` images, resized and normalized by an `ImagePreprocessor`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement embed_pixels")
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Returns unnormalized embeddings ``(n, d)`` of n texts. Texts longer than `window` are truncated."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement embed_texts")
 
     # Hooks used by the trainer `denscore`
 
@@ -82,11 +82,11 @@ class Towers(nn.Module):
     @property
     def logit_scale(self) -> nn.Parameter:
         """Scalar parameter: natural logarithm of the factor (inverse temperature) of the cosines in a training loss."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement logit_scale")
 
     def enable_gradient_checkpointing(self) -> None:
         """Enables gradient checkpointing of both towers to save memory."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement enable_gradient_checkpointing")
 
     def save(self, folder: Path, preprocessor: ImagePreprocessor) -> None:
         """Saves the model, the tokenizer and the image settings to a folder that is a checkpoint of the reward.
@@ -95,7 +95,7 @@ class Towers(nn.Module):
             folder: the folder, created if needed.
             preprocessor: the image settings.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement save")
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class TowerReward(EmbeddingReward):
         return F.normalize(at_least_float32(features), dim=-1)
 
     def segments(self, prompt: str) -> list[str]:
-        """Returns the texts as which a prompt is encoded, in order. For an empty prompt, this is one empty text."""
+        """Returns the texts into which a prompt is split for encoding, in order; one empty text for an empty prompt."""
         return self._segments(prompt, self.segmenter)
 
     def _segments(self, prompt: str, segmenter: Segmenter | None, reserved: int = 0) -> list[str]:
@@ -242,7 +242,7 @@ class TowerReward(EmbeddingReward):
         if reserved >= self.towers.window:
             raise ValueError(
                 f"the control word {shorten(prefix)} has {reserved} tokens and the reward's text tower a window of "
-                f"{self.towers.window}, which leaves none for the prompt; use a shorter one"
+                f"{self.towers.window}, which leaves no token for the prompt; use a shorter control word"
             )
         return _means(*self.segment_features(prompts, prefix))
 
@@ -254,8 +254,8 @@ class TowerReward(EmbeddingReward):
             prefix: word or phrase that is put in front of each segment, separated by a space; empty: none.
 
         Returns:
-            The embeddings ``(n, d)`` of the n segments of all prompts, in order and of norm 1, with gradient if the
-            towers are trainable. Then the texts of the segments, one list for each prompt.
+            ``(embeddings, texts)``. The embeddings ``(n, d)`` of the n segments of all prompts, in order, have norm 1,
+            and have gradient if the towers are trainable. The texts of the segments are one list for each prompt.
         """
         checked: list[Any] = check_prompts(prompts, lists=False)
         reserved = self.towers.count_tokens(prefix) if prefix else 0
@@ -292,7 +292,7 @@ class TowerReward(EmbeddingReward):
         Args:
             features: ``(b, d)`` embeddings of the images, from `image_features`.
             prompts: one for each image.
-            segmenter: as of `by_segment`.
+            segmenter: splits prompts; None: as in `by_segment`.
         """
         checked: list[Any] = check_prompts(prompts, lists=False)
         segmenter = segmenter or self.segmenter or Sentence()

@@ -29,7 +29,7 @@ class VisionLanguageReward(Reward):
         self._check_images = ImageCheck()
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training or eval mode of the reward and returns it; its networks stay in eval mode."""
+        """Sets training or eval mode of the reward and returns the reward; its networks stay in eval mode."""
         super().train(mode)
         for network in self.children():
             network.eval()

@@ -62,7 +62,7 @@ class VqaMetric(Metric):
 
     @classmethod
     def from_config(cls, config: VqaConfig, runtime: Runtime) -> VqaMetric:
-        """Reads the questions and loads the vision-language model."""
+        """Builds the metric: reads the questions, and loads the vision-language model that answers them."""
         official = config.scoring == "official"
         questions = read_questions(config.questions, official)
         answers = StoredAnswers(config.vlm.build(runtime), config.cache)
@@ -104,7 +104,7 @@ class VqaMetric(Metric):
         return {name: np.array([row[name] for row in rows]) for name in (self.label, *self._category_names())}
 
     def statistics(self) -> dict[str, Statistic]:
-        """Returns, for each category, the function that computes the share of its questions answered with yes."""
+        """Returns name of a value -> function, one per category: the share of its questions answered with yes."""
         return {name: partial(_share, name) for name in self._category_names()}
 
     def _questions(self, prompt: str) -> Sequence[Question]:
@@ -112,7 +112,7 @@ class VqaMetric(Metric):
         if questions is None:
             raise ValueError(
                 f"the metric's questions file has no questions for the prompt {prompt[:200]!r}; add rows with this "
-                "prompt in the column 'text', or evaluate the prompts of that file"
+                "prompt in the column 'text', or evaluate only prompts that the file contains"
             )
         return questions
 

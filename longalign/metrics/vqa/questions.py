@@ -23,7 +23,7 @@ class Question:
     Attributes:
         number: number of the question, unique among the questions of its prompt.
         text: the question.
-        category: what it asks about, e.g. ``attribute``.
+        category: what the question asks about, e.g. ``attribute``.
         parents: numbers of the questions that must also be answered with yes for this question to hold.
     """
 
@@ -53,7 +53,7 @@ def read_questions(path: Path | str, official: bool = False) -> dict[str, tuple[
     """
     rows = read_csv(Path(path))
     if not rows:
-        raise ValueError(f"{path} contains no questions; expected the columns {', '.join(COLUMNS)}")
+        raise ValueError(f"{path} contains no questions; add rows with the columns {', '.join(COLUMNS)}")
     items: dict[str, str] = {}
     questions: dict[str, dict[int, Question]] = {}
     for where, row in rows[1:] if official else rows:

@@ -59,7 +59,7 @@ class PickScoreConfig(ClipLikeConfig):
 class DenscoreConfig(ClipLikeConfig):
     """Denscore (LongAlign, paper 3.2): CLIP-H fine-tuned on preferences for long prompts.
 
-    By default, each sentence of a prompt is encoded on its own, and the score is the mean over the sentences.
+    By default, each sentence of a prompt is encoded separately, and the score is the mean of the sentences' scores.
     """
 
     name: Literal["denscore"] = "denscore"

@@ -55,7 +55,8 @@ class InnerRewardConfig(RewardConfig):
 class EditedConfig(InnerRewardConfig):
     """The score of the inner reward with a changed (edited) text embedding.
 
-    The parts of the original score along the common direction of text embeddings are logged, see ``direction``.
+    The text-relevant and the text-irrelevant part of the unedited score are logged. ``direction`` selects the common
+    direction that separates these two.
     """
 
     name: Literal["edited"] = "edited"
@@ -67,8 +68,8 @@ class ReweightedConfig(InnerRewardConfig):
     """The score of the inner reward with its text-irrelevant part scaled by ``omega`` (LongAlign, paper section 4).
 
     The text-irrelevant part is ``C_X . eta V``, with the image embedding ``C_X`` and the component ``eta V`` of the
-    text embedding along the common direction V, see ``direction``. This reward equals the reward ``edited`` with the
-    edit ``direction``.
+    text embedding along the common direction V, which the key ``direction`` selects. This reward equals the reward
+    ``edited`` with the edit named ``direction``.
     """
 
     name: Literal["reweighted"] = "reweighted"
@@ -79,5 +80,5 @@ class ReweightedConfig(InnerRewardConfig):
 
     @property
     def edit(self) -> DirectionConfig:
-        """Config of the edit of the text embedding: the edit ``direction`` with this ``omega``."""
+        """Config of the edit of the text embedding: the edit named ``direction``, with the ``omega`` of this reward."""
         return DirectionConfig(omega=self.omega)

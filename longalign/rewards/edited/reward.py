@@ -23,9 +23,9 @@ class EditedReward(Reward):
     ``C_X`` is the image embedding and ``C_P`` the text embedding of `EmbeddingReward`. `Scores.parts` contain the
     decomposition of the original score ``C_X . C_P`` along the common direction ``V``: ``text_relevant``
     (``C_X . C_P_perp``), ``text_irrelevant`` (``C_X . eta V``) and ``eta``, see `longalign.functional.preference`.
-    These three do not depend on the edit. They are omitted if the prompts have no common direction and the edit needs
-    none. ``edit_norm`` is the norm of ``f(C_P)``, the gradient of the score with respect to ``C_X``. The edit may add
-    further parts.
+    These three do not depend on the edit, and are omitted if the prompts have no common direction but the edit works
+    without it. ``edit_norm`` is the norm of ``f(C_P)``, which is the gradient of the score with respect to ``C_X``. The
+    edit may add further parts.
 
     Args:
         inner: the reward whose text embedding is edited.

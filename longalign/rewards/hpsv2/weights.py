@@ -31,13 +31,15 @@ def find_weights(checkpoint: str, version: str | None = None, revision: str | No
     path = Path(resolve_checkpoint(checkpoint))
     local = path.exists() or path.suffix == ".pt"
     if local and revision is not None:
-        raise ValueError(f"`revision` only applies to Hub repositories, but '{checkpoint}' is a local path; remove it")
+        raise ValueError(
+            f"`revision` only applies to Hub repositories, but '{checkpoint}' is a local path; remove `revision`"
+        )
     if path.suffix == ".pt":
         if not path.is_file():
             raise ValueError(f"no file '{checkpoint}'; expected a .pt file, a folder with a .pt file, or a Hub id")
         if version is not None:
             raise ValueError(
-                f"`version` only applies to a folder or Hub repository, but '{checkpoint}' is a file; remove it"
+                f"`version` only applies to a folder or Hub repository, but '{checkpoint}' is a file; remove `version`"
             )
         return path
     name = FILES[version or "v2.1"]
@@ -79,8 +81,8 @@ def build_model(model_cfg: dict[str, Any], state: dict[str, Tensor], origin: str
 
     Args:
         model_cfg: open_clip's config of the architecture.
-        state: the weights.
-        origin: path of the weights, for the message.
+        state: name -> weight, from `read_state`.
+        origin: path of the weights, for the error message.
 
     Raises:
         ValueError: if the weights do not fit the architecture.

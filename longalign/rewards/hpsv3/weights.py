@@ -47,7 +47,7 @@ def find_weights(checkpoint: str, revision: str | None) -> Path:
 
 
 def split_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Splits the tensors of the published file into the state dicts of a ``Qwen2VLModel`` and of the head."""
+    """Splits the tensors of HPSv3's published file into two state dicts: of a ``Qwen2VLModel``, and of the head."""
     model, head = {}, {}
     for key, value in state.items():
         if key.startswith(HEAD):

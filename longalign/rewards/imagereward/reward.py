@@ -88,7 +88,7 @@ class ImageRewardReward(Reward):
         return cls(vision, text, head, tokenizer, preprocessor, micro_batch=config.micro_batch).to(runtime.device)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training or eval mode of the reward and returns it; its networks stay in eval mode."""
+        """Sets training or eval mode of the reward and returns the reward; its networks stay in eval mode."""
         super().train(mode)
         for module in (self.vision, self.text, self.head):
             module.eval()

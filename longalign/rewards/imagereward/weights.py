@@ -75,7 +75,8 @@ def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
     Args:
         state: all tensors of ``ImageReward.pt``.
-        prefix: which module: `VISION`, `TEXT` or `HEAD`, the prefix of its tensors' names.
+        prefix: `VISION`, `TEXT` or `HEAD`: the module, by the prefix of its
+            tensors' names.
     """
     part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if prefix != VISION:

@@ -38,7 +38,7 @@ class SegmentsReward(Reward):
         return cls(inner, segmenter, reduce=config.reduce).to(runtime.device)
 
     def segments(self, prompt: str) -> list[str]:
-        """Returns the texts scored for one prompt, in order. For an empty prompt, this is one empty text."""
+        """Returns the segments of one prompt that are scored, in order; one empty text for an empty prompt."""
         segments = [s.strip() for s in split(self.segmenter, prompt, self.inner.count_tokens, self.inner.window)]
         return [s for s in segments if s] or [""]
 
