@@ -111,13 +111,10 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
         length: number of states of the encoded empty prompt; None when encoding the empty prompt itself.
 
     Returns:
-        One dict of tensors per prompt:
-
-        - ``states`` ``(k, d)``: with a mask, the unmasked states. Without a mask, the states of the prompt and, if the
-          prompt can be padded, one padding state; equal states at the end count as padding.
-        - ``length`` ``(1,)``: number of states with padding.
-        - ``real`` ``(1,)``: number of unmasked states; only with a mask.
-        - ``pooled`` ``(p,)``: pooled embedding; only if the encoder returns one.
+        One dict of tensors per prompt. ``states`` ``(k, d)``: with a mask, the unmasked states. Without a mask, the
+        states of the prompt and, if the prompt can be padded, one padding state; equal states at the end count as
+        padding. ``length`` ``(1,)``: number of states with padding. ``real`` ``(1,)``: number of unmasked states; only
+        with a mask. ``pooled`` ``(p,)``: pooled embedding; only if the encoder returns one.
 
     Raises:
         ValueError: if the conditioning is not static (see `Conditioning.is_static`), masks other positions than those

@@ -347,7 +347,7 @@ def tiny_sd(folder: Path, width: int = 16) -> Path:
     return folder
 
 
-def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings):
+def tiny_unet(width: int = 8, channels: int = 4, size: int = 4, **settings: Any) -> Any:
     """Returns a random UNet of Stable Diffusion's type, in eval mode.
 
     Args:
@@ -709,7 +709,7 @@ def tiny_hpsv3(folder: Path) -> Path:
     return folder
 
 
-def tower_reward(towers, preprocessor, **settings):
+def tower_reward(towers: Any, preprocessor: Any, **settings: Any) -> Any:
     """Returns a `TowerReward`, by default without segmenter, micro-batches and truncation.
 
     Args:
@@ -722,7 +722,7 @@ def tower_reward(towers, preprocessor, **settings):
     return TowerReward(towers, preprocessor, **{"segmenter": None, "micro_batch": None, "truncate": False, **settings})
 
 
-def edited(inner, edit="direction", direction="batch", gather=None, **settings):
+def edited(inner: Any, edit: str = "direction", direction: Any = "batch", gather: Any = None, **settings: Any) -> Any:
     """Returns an `EditedReward`, whose text embedding is edited.
 
     Args:
@@ -740,7 +740,7 @@ def edited(inner, edit="direction", direction="batch", gather=None, **settings):
     return EditedReward(inner, edit=built, direction=direction, gather=gather or Runtime.gather)
 
 
-def steps(name, **settings):
+def steps(name: str, **settings: Any) -> Any:
     """Builds the part ``name`` of kind ``gradient_steps``, for one process; ``settings`` are the keys of its config."""
     from longalign.registry import gradient_steps
     from longalign.runtime import Runtime
