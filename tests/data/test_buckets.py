@@ -90,11 +90,11 @@ def test_sizes_are_checked_before_loading(folder, tmp_path):
         return dict(caught.value.errors)
 
     assert "multiples of 8" in problems(buckets=[64, "96x44"])["data.buckets"]
-    assert problems(max_aspect_ratio=2, multiple_of=4, resolution=64)["data.multiple_of"].endswith("got 4")
+    assert "got 4" in problems(max_aspect_ratio=2, multiple_of=4, resolution=64)["data.multiple_of"]
     run |= {"monitor": monitor, "trainer": {"name": "reward", "resolution": [64, "8x12"]}}
     run["rewards"] = [{"name": "clip", "checkpoint": "mini/pickscore"}]
     found = problems(resolution=60)
-    assert found["trainer.resolution"].endswith("got 8x12") and found["monitor.size"].endswith("got 64x20")
+    assert "got 8x12" in found["trainer.resolution"] and "got 64x20" in found["monitor.size"]
     config = data.validate({"name": "folder", "folder": str(folder), "max_aspect_ratio": 2, "multiple_of": 24})
     with pytest.raises(ConfigError, match="64 is not a multiple of multiple_of 24"):
         config.for_backbone(backbones.validate(run["backbone"]))
@@ -129,7 +129,7 @@ def test_batches_have_one_bucket_and_every_item_once_an_epoch():
     assert set(counts) == set(range(7)) and all(14 <= count <= 17 for count in counts.values())
     parts = [iter(Batches(8, 2, seed=3, start=5, rank=r, world_size=2, buckets=buckets)) for r in range(2)]
     assert [[i for part in parts for i in next(part)] for _ in range(9)] == batches[5:14]
-    with pytest.raises(ValueError, match="none of the images"):
+    with pytest.raises(ValueError, match="none of the .* images"):
         Batches(1, 1, 0, buckets=[-1])
 
 

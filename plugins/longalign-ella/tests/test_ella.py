@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,6 @@ import pytest
 import torch
 import yaml
 from longalign import Model, Runtime, build_from_config, fit, load_config, override
-from longalign.cli.main import main
 from longalign.functional import ddim, guide, trailing_timesteps
 from longalign.registry import ConfigError, encoders
 from longalign.testing import check_encoder
@@ -237,7 +238,7 @@ def test_cached_states_are_those_of_t5(run_config, tmp_path):
         "output": str(tmp_path / "run"),
     }
     (tmp_path / "run.yaml").write_text(json.dumps(config))
-    assert main(["cache", str(tmp_path / "run.yaml")]) == 0
+    subprocess.run([sys.executable, "-m", "longalign", "cache", str(tmp_path / "run.yaml")], check=True)
     cached, full = (build_from_config(override(config, change), Runtime()).encoder for change in ({}, {"cache": None}))
     assert not hasattr(cached, "model")
     for prompts in (PROMPTS, PROMPTS[:1]):
