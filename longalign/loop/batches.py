@@ -28,9 +28,9 @@ class Batches(Sampler[list[int]]):
     """Infinite sequence of the batches of one process, as lists of item indices, reshuffled every epoch.
 
     A global batch consists of the batches of all processes. All processes compute the same global batches and take
-    their own slice of each, so an item occurs once per epoch. The images of a global batch have one size, their
-    *bucket*: it is complete when enough items of a bucket have come. The k-th global batch does not depend on
-    ``start``, so a run can start at any k.
+    their own slice of each, so an item occurs once per epoch. All images of a global batch have one size, i.e. are from
+    one *bucket*. Items are collected for each bucket until they fill a global batch. The k-th global batch does not
+    depend on ``start``, so a run can start at any k.
 
     Args:
         length: number of items in the data.

@@ -44,7 +44,7 @@ class MetricMeans:
         """Returns the mean of each metric over the steps that have it; empty if nothing was added.
 
         Args:
-            reduce: averages a tensor ``(k,)`` of k means over all processes.
+            reduce: averages each of the k means in a tensor ``(k,)`` over all processes, and returns a tensor ``(k,)``.
         """
         if not self.sums:
             return {}

@@ -167,7 +167,8 @@ def compiler(setting: bool | str) -> Callable[[Any], Any]:
     Also increases torch's global limits of recompilations.
 
     Args:
-        setting: value of ``loop.compile``: the name of a backend; True and ``"regional"`` select the backend inductor.
+        setting: value of ``loop.compile``, not False: the name of a backend; True and ``"regional"`` select
+            ``"inductor"``.
     """
     backend = setting if isinstance(setting, str) and setting != "regional" else "inductor"
     # eager random numbers, so that a call replayed with gradient has the same dropout as the recorded call

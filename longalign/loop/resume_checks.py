@@ -105,9 +105,9 @@ def input_fingerprints(config: RunConfig, data: Any, buckets: Sequence[int] | No
         buckets: result of `longalign.loop.batches.read_buckets`.
 
     Returns:
-        ``{"weights": {key: fingerprint}, "data": {...}}``. The fingerprint of a Hub id is the downloaded commit. For
-        the data: number of items, a hash of selected prompts, and a hash of ``buckets`` if it is not None. A stream has
-        no entry ``data``.
+        ``{"weights": {config key: fingerprint}, "data": {...}}``. The fingerprint of a Hub id is the downloaded commit.
+        For the data: number of items, a hash of selected prompts, and a hash of ``buckets`` if it is not None. A stream
+        has no entry ``data``.
     """
     config_dict = to_dict(config)
     parts = {key: config_dict[key] for key in ("backbone", "encoder", "rewards")}

@@ -35,7 +35,7 @@ class Utilization:
     def end(self) -> dict[str, Tensor]:
         """Ends a training step and returns ``{"mfu": tensor ()}``, a fraction from 0 to about 1.
 
-        Empty for the first step, in which kernels may be compiled.
+        For the first step, in which kernels may be compiled, the returned dict is empty.
         """
         seconds, operations = time.perf_counter() - self.begin, self.flops.total - self.before
         self.steps += 1

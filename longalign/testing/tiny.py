@@ -129,7 +129,7 @@ def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 
 
 @once
 def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
-    """Writes an open_clip model for 32x32 images as the file ``name`` of HPSv2, with a config and vocabulary for it."""
+    """Writes an HPSv2 for 32x32 images: the file ``name``, open_clip's config and vocabulary. Returns ``folder``."""
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 

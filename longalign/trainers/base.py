@@ -43,7 +43,7 @@ class Trainer(nn.Module):
             Tensors ``()`` by name. Values with a name that ends in ``_loss`` are summed and minimized; they require
             gradient. All other values are only logged.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no losses; implement loss or step")
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         """Computes the gradient of a batch by calling ``backward`` on one or more scalars.

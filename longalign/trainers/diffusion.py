@@ -95,11 +95,11 @@ class DiffusionTrainer(Trainer):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes b prompts and moves the conditioning to the denoiser's device.
 
-        A `TruncationWarning` is issued only for the first batch with a truncated prompt. ``num_truncated`` counts all
-        truncated prompts; it is logged as ``truncated_prompts``.
+        A `TruncationWarning` is issued only for the first batch with a truncated prompt. ``self.num_truncated`` counts
+        all truncated prompts; it is logged as ``truncated_prompts``.
 
         Returns:
-            The conditioning, with b rows and without reports.
+            The conditioning, with b rows and empty ``reports``.
 
         Raises:
             ValueError: if the encoder returns no `Conditioning`.
@@ -110,7 +110,7 @@ class DiffusionTrainer(Trainer):
             conditioning = self._encode[0](prompts)
         if not isinstance(conditioning, Conditioning):
             name = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
-            raise ValueError(f"the encoder {name} must return a Conditioning, not a {type(conditioning).__name__}")
+            raise ValueError(f"the encoder {name} returned a {type(conditioning).__name__}; return a Conditioning")
         self.num_truncated += sum(bool(report.truncated) for report in conditioning.reports)
         # without the reports: selecting rows of these by an index on a GPU waits for the GPU
         return replace(conditioning, reports=()).to(self.backbone.device)

@@ -118,7 +118,7 @@ class DenscoreTrainer(Trainer):
 
         Metrics:
 
-        - ``agreement``: fraction of pairs whose preferred image scores higher; a pair without preference counts half.
+        - ``agreement``: fraction of pairs whose preferred image scores higher; a tie counts half.
         - ``r_at_1``: fraction of texts that score highest with the matching image. For captions, the candidates are all
           images of the batch. For prompts, the candidates are the preferred images, one of each pair.
         - ``segment_r_at_1``: like ``r_at_1``, but for single segments instead of the mean over a text's segments.
@@ -220,7 +220,7 @@ def pairwise_accuracy(scores: Tensor, preferences: Tensor) -> Tensor:
 
     Args:
         scores: ``(b, 2)`` scores of the two images of each pair.
-        preferences: ``(b,)`` fraction of annotators who prefer the first image. Pairs with 0.5 count half.
+        preferences: ``(b,)`` fraction of annotators who prefer the first image. 0.5 is a tie, which counts half.
     """
     correct = (scores[:, 0] > scores[:, 1]) == (preferences > 0.5)
     return torch.where(preferences == 0.5, 0.5, correct.float()).mean()

@@ -53,7 +53,7 @@ class LCMConfig(TrainerConfig):
     @model_validator(mode="after")
     def _check_guidance_range(self) -> LCMConfig:
         if self.w_min > self.w_max:
-            raise ValueError(f"expected w_min to be at most w_max, got {self.w_min} and {self.w_max}")
+            raise ValueError(f"w_min is {self.w_min}, above w_max {self.w_max}; lower w_min or raise w_max")
         return self
 
     def check_run(self, run: Any) -> list[ConfigProblem]:

@@ -78,9 +78,9 @@ class RewardTrainerConfig(TrainerConfig):
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not 0 <= low < high < math.inf:
-                raise ValueError(f"guidance_interval must be two increasing numbers from 0, got {low:g} and {high:g}")
+                raise ValueError(f"guidance_interval: expected 0 <= first < second number, got {low:g} and {high:g}")
             if self.guidance == 1:
-                raise ValueError("guidance_interval has no effect at guidance 1; remove it or raise the guidance")
+                raise ValueError("guidance_interval has no effect at guidance 1; remove it or set guidance above 1")
         if self.replay_batch > 1 and self.replay != "recompute":
             raise ValueError(
                 f"replay_batch is {self.replay_batch}, but with replay '{self.replay}' calls keep their graphs one by "

@@ -108,14 +108,16 @@ class GRPOTrainer(DiffusionTrainer):
         return self
 
     def step(self, batch: Mapping[str, Any], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Samples images, unless the last ones are used again, and calls ``backward`` for each trained sampling step.
+        """Samples images, unless stored samples are left, and calls ``backward`` for each trained sampling step.
+
+        Samples stay stored for ``updates`` calls of this method.
 
         Args:
-            batch: ``{"prompt": list[str]}``; not used if the last samples are used again.
+            batch: ``{"prompt": list[str]}``; not used if stored samples are left.
             backward: computes the gradient of a scalar.
 
         Returns:
-            Tensors ``()``: ``policy_loss``; ``kl_loss`` with a KL divergence; ``clip_fraction``, the fraction of
+            Tensors ``()``: ``policy_loss``; ``kl_loss`` if ``kl_weight`` is not 0; ``clip_fraction``, the fraction of
             probability ratios outside the clipping range. For new samples also the mean ``reward``, its named
             components, and ``group_std``, the standard deviation of the reward within a group, averaged over groups.
         """
