@@ -174,7 +174,7 @@ def plan_batches(
 ) -> Batches:
     """Returns the `Batches` of some data; the arguments are those of `Batches`, with the data instead of its length.
 
-    A stream has no item indices: `load_batches` uses the other arguments only.
+    For a stream, the item indices have no meaning: `load_batches` uses the attributes of the `Batches` only.
     """
     length = 1 if isinstance(data, Stream) else len(data)
     return Batches(length, batch_size, seed, start, rank, world_size, buckets)

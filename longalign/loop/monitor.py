@@ -87,7 +87,8 @@ class Monitor:
     def is_due(self, step: int) -> bool:
         """Returns whether a measurement is due after ``step`` completed optimizer steps.
 
-        It is due at the start, every ``monitor.every`` steps and at the last step, unless it was already made.
+        It is due at the start, every ``monitor.every`` steps and at the last step, unless there already is one of this
+        step.
         """
         if self.settings is None or any(point.step == step for point in self.points):
             return False

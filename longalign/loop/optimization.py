@@ -85,8 +85,8 @@ class Optimization:
             batches: yields this process's batches; see `longalign.loop.batches.collate`.
 
         Returns:
-            Losses and metrics of this process by name, tensors ``()`` averaged over the micro-steps. None if fp16's
-            gradient scaler skipped the step.
+            Losses and metrics of this process by name, tensors ``()`` averaged over the micro-steps, and ``grad_norm``,
+            the norm of the gradient. None if fp16's gradient scaler skipped the step.
 
         Raises:
             NonFinite: if the norm of the gradient is not finite, except with fp16.

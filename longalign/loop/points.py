@@ -81,7 +81,7 @@ def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | No
 
 
 def is_over(points: Sequence[Point], choice: EarlyStopConfig) -> bool:
-    """Returns whether none of the last ``choice.patience`` measurements is the `best` one so far."""
+    """Returns whether none of the last ``choice.patience`` measurements is the `best`; False while there are fewer."""
     found = best(points, choice)
     since = len(points) if found is None else len(points) - 1 - points.index(found)
     return since >= choice.patience

@@ -86,7 +86,9 @@ def find_state(path: Path, output: Path) -> ResumeState | None:
 
     Raises:
         FileNotFoundError: if ``path`` has no checkpoint and is not ``output``.
-        ValueError: if all checkpoints are damaged; the message names a damaged file of the newest one.
+        ValueError: if the checkpoint, or each one of the run, is damaged; the message names a damaged file of the
+            newest one.
+        OSError: like ValueError, if that file cannot be read.
     """
     if path.is_file():
         path = path.parent

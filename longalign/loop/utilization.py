@@ -53,8 +53,8 @@ def make_utilization(loop: LoopConfig, backbone: Backbone) -> Utilization | None
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Measures the FLOPs per second of a matrix product, as the fastest of five.
 
-    Two square matrices are multiplied, 8192 wide on an accelerator and 1024 wide on a CPU. Multiplication and addition
-    count as two.
+    Two square matrices are multiplied, 8192 wide on an accelerator and 1024 wide on a CPU. A
+    multiplication and an addition count as two FLOPs.
     """
     side, fastest = 1024 if device.type == "cpu" else 8192, math.inf
     a = torch.rand(side, side, device=device, dtype=dtype)

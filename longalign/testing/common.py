@@ -95,7 +95,7 @@ def checked_config(kind: str, config: Any, base: type[Config]) -> Config:
     """
     checked = REGISTRIES[kind].validate(config)
     if not isinstance(checked, base):
-        raise AssertionError(f"{type(checked).__name__} must derive from {base.__module__}.{base.__name__}")
+        raise AssertionError(f"the config {type(checked).__name__} must derive from {base.__module__}.{base.__name__}")
     return checked
 
 

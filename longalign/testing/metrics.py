@@ -35,7 +35,7 @@ def check_metric(
     It checks the config (see `longalign.testing.common.config_checks`). Values must have shape ``(n,)`` for n images
     and be finite or NaN. Statistics must not be infinite, even if images are repeated. Observations must be the same in
     a repeated call, and values must not depend on the batch size. The names of values must start with the metric's
-    label, and have a direction: higher or lower is better, or None.
+    label. The direction of each value must be ``"higher"`` or ``"lower"`` (which is better), or None.
 
     Args:
         config: name, mapping or config of the metric.

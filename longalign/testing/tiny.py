@@ -54,7 +54,7 @@ def _built() -> Path:
 
 
 def once(build: Builder) -> Builder:
-    """Decorator of builders: runs ``build`` once per process and settings, and copies its files to each ``folder``.
+    """Decorator of builders: calls ``build`` once per process and settings, and copies the files to each ``folder``.
 
     Args:
         build: ``build(folder, ...)`` writes files to ``folder``; all its other arguments are settings.
@@ -78,7 +78,7 @@ def once(build: Builder) -> Builder:
 
 
 def parts_folder(folder: Path) -> Path:
-    """Returns ``<folder>-parts``, for parts of a model that are loaded again to build the model in ``folder``."""
+    """Returns the path ``<folder>-parts``, where parts of the model in ``folder`` are written before it is built."""
     return folder.with_name(f"{folder.name}-parts")
 
 
@@ -729,7 +729,7 @@ def edited(inner, edit="direction", direction="batch", gather=None, **settings):
         inner: the reward whose embeddings are used.
         edit: name of the edit.
         direction: source of the common direction of the text embeddings; ``"batch"`` is the mean of a batch.
-        gather: gathers tensors of all processes, see `Runtime`; None for one process.
+        gather: function that gathers tensors of all processes, see `Runtime`; None for one process.
         **settings: keys of the edit's config.
     """
     from longalign.registry import edits

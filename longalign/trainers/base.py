@@ -76,7 +76,7 @@ class Trainer(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Wraps the modules that are called with gradient, and returns their wrappers; by default there are none.
+        """Wraps the modules that are called with gradient, and returns the wrappers; by default an empty list.
 
         From then on, the trainer must call the wrappers instead of the modules.
 

@@ -39,7 +39,7 @@ class TrainerConfig(PartConfig):
     def image_sizes(self) -> Mapping[str, Sequence[Size]]:
         """Sizes in pixels of the images that the trainer samples, by the config key that sets them.
 
-        Empty if the trainer samples no images, or samples them at the backbone's native resolution.
+        Empty if the trainer samples no images, or only images of the backbone's native resolution.
         """
         return {}
 

@@ -55,7 +55,7 @@ class DiffusionTrainer(Trainer):
         encoder.train_adapter(train_adapter)
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Wraps the denoiser and the encoder, each if it has trainable parameters, and returns the wrappers.
+        """Wraps those of denoiser and encoder that have trainable parameters, and returns the wrappers.
 
         The backbone keeps the unwrapped denoiser, so that wrappers and compilers add no prefix to weight names.
         """

@@ -119,8 +119,8 @@ class DenscoreTrainer(Trainer):
         Metrics:
 
         - ``agreement``: fraction of pairs whose preferred image scores higher; a tie counts half.
-        - ``r_at_1``: fraction of texts that score highest with the matching image. For captions, the candidates are all
-          images of the batch. For prompts, the candidates are the preferred images, one of each pair.
+        - ``r_at_1``: fraction of texts whose highest-scoring image is the matching one. For captions, the candidates
+          are all images of the batch. For prompts, the candidates are the preferred images, one of each pair.
         - ``segment_r_at_1``: like ``r_at_1``, but for single segments instead of the mean over a text's segments.
         - ``eta``: mean dot product of the prompts' embeddings with their common direction, the normalized mean of these
           embeddings (LongAlign, section 4).

@@ -87,7 +87,10 @@ class LCMTrainer(DiffusionTrainer):
 
     @classmethod
     def from_config(cls, config: LCMConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder) -> LCMTrainer:
-        """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer."""
+        """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer.
+
+        In the second case, a copy of the weights is kept as the reference model.
+        """
         if config.lora is None:
             backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "lcm")

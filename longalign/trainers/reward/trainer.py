@@ -45,7 +45,7 @@ class Rollout:
         rows: slice of the batch's prompts, with b prompts.
         solver: the sampling steps that led to ``final``.
         final: ``(b, c, h, w)`` latents to decode.
-        recorded: the denoiser calls to recompute with gradient.
+        recorded: the denoiser calls that receive gradient.
     """
 
     rows: slice
@@ -259,8 +259,8 @@ class RewardTrainer(DiffusionTrainer):
     def kept_graphs(self) -> bool | GraphBudget:
         """Returns which denoiser calls with gradient keep their autograd graphs in one training step.
 
-        True for all, False for none, or the memory up to which they do; the argument ``keep`` of
-        `longalign.functional.rollout_gradient.rollout`.
+        True: all calls. False: none. A `GraphBudget`: calls until their graphs fill this memory. It is the argument
+        ``keep`` of `longalign.functional.rollout_gradient.rollout`.
         """
         if isinstance(self.replay, str):
             return self.replay == "keep"

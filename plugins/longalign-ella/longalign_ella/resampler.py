@@ -99,7 +99,7 @@ class Resampler(Adapter):
 
 @dataclass(frozen=True)
 class EllaConditioning(Conditioning):
-    """Conditioning with T5's states, which `at` resamples for a timestep.
+    """Conditioning with T5's states, which `at` maps to the denoiser's states for given timesteps.
 
     Attributes:
         resampler: the resampler, which maps T5's states and the timestep to the states for the denoiser.
