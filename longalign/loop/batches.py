@@ -98,9 +98,9 @@ class PromptDataset(Dataset[dict[str, Any]]):
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Collates b items with equal keys into one batch: tensors are stacked to ``(b, ...)``, other values are listed.
 
-    A usual batch is ``{"prompt": list[str], "image": (b, 3, h, w)}`` with pixels in [0, 1]. With a cache, ``posterior``
-    ``(b, 2c, h, w)`` replaces ``image``: mean and standard deviation of the VAE's posterior. Prompt-only data has
-    neither.
+    A usual batch is ``{"prompt": list[str], "image": (b, 3, h, w)}`` with pixels in [0, 1]. With a latent cache,
+    ``posterior`` ``(b, 2c, h, w)`` replaces ``image``: mean and standard deviation of the VAE's posterior. Prompt-only
+    data has neither.
 
     Raises:
         ValueError: if the tensors of a key differ in shape.
@@ -187,7 +187,7 @@ def load_batches(
 
     Args:
         data: the data.
-        batches: the item indices of each batch; for a stream, only its other attributes are used.
+        batches: the item indices of each batch; for a stream, only the attributes of this object are used.
         needs_images: whether to load images; otherwise batches have only prompts.
         workers: number of processes that load batches; 0 loads in this process.
         pin_memory: whether to put tensors into page-locked memory, from which they can be copied to a CUDA device

@@ -25,7 +25,7 @@ class MetricMeans:
 
     Attributes:
         sums: sum of each metric, a tensor ``()``.
-        counts: number of steps with a value of each metric.
+        counts: for each metric, the number of steps that have it.
         skipped: number of steps that fp16's gradient scaler skipped.
     """
 

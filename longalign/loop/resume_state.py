@@ -154,7 +154,7 @@ def load_state(checkpoint: Path) -> ResumeState:
 def shared_state(
     optimization: Optimization, monitor: dict[str, Any], origin: dict[str, Any], step: int
 ) -> dict[str, Any]:
-    """Returns the training state that is the same in all processes, which the first process writes.
+    """Returns the state for a checkpoint that is the same in all processes, and that the first process writes.
 
     With FSDP, all processes must call this function, and only the first one gets the full tensors.
 
@@ -182,7 +182,7 @@ def shared_state(
 
 
 def process_state(means: MetricMeans, monitor: MetricMeans) -> dict[str, Any]:
-    """Returns the state that each process writes: random generators, and metrics that are not yet logged.
+    """Returns the state of this process for a checkpoint: random generators, and metrics that are not yet logged.
 
     Args:
         means: metrics since the last log line.

@@ -741,7 +741,7 @@ def edited(inner, edit="direction", direction="batch", gather=None, **settings):
 
 
 def steps(name, **settings):
-    """Builds the part ``name`` of kind ``gradient_steps``, for one process; ``settings`` are the keys of its config."""
+    """Builds the part ``name`` of kind ``gradient_steps``, for one process; ``settings`` are keys of this part."""
     from longalign.registry import gradient_steps
     from longalign.runtime import Runtime
 

@@ -36,7 +36,7 @@ class Trainer(nn.Module):
 
         Args:
             batch: ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``, without ``image`` if `needs_images` is
-                False. With a cache, ``posterior`` ``(b, 2c, h, w)`` replaces ``image``; see
+                False. With a latent cache, ``posterior`` ``(b, 2c, h, w)`` replaces ``image``; see
                 `longalign.trainers.diffusion.batch_latents`.
 
         Returns:

@@ -38,7 +38,7 @@ class EncodeModule(nn.Module):
 
 
 class DiffusionTrainer(Trainer):
-    """Base class of trainers of a backbone's denoiser and, if wanted, of an encoder's adapter.
+    """Base class of trainers that train a backbone's denoiser and, with ``train_adapter``, an encoder's adapter.
 
     Args:
         backbone: backbone whose trainable parameters were set by `train_denoiser`.
@@ -174,7 +174,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:
     """Adds a trainable LoRA to the backbone, or makes all weights of the denoiser trainable if ``lora`` is None.
 
-    A former LoRA is merged. The new one is called ``name``, or ``name-2``, ``name-3`` and so on if that name exists.
+    A former LoRA is merged into the weights. The new LoRA is called ``name``, or ``name-2``, ``name-3`` and so on if
+    that name exists.
     """
     if lora is None:
         backbone.train_all()

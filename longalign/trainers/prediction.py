@@ -24,7 +24,7 @@ def make_predictions(
 ) -> list[Predict]:
     """Returns for each sampling step a function that predicts with the denoiser.
 
-    A function maps latents ``(s * b, c, h, w)`` and timesteps ``(s * b,)`` to predictions ``(s * b, c, h, w)``; s is
+    Each function maps latents ``(s * b, c, h, w)`` and timesteps ``(s * b,)`` to predictions ``(s * b, c, h, w)``; s is
     the number of steps that one call covers. All steps with guidance have the same function, and so have all steps
     without guidance.
 

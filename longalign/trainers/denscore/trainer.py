@@ -82,10 +82,10 @@ class DenscoreTrainer(Trainer):
     def from_config(
         cls, config: DenscoreTrainerConfig, runtime: Runtime, *, rewards: Sequence[TowerReward]
     ) -> DenscoreTrainer:
-        """Sets the trainable parameters of the only reward, and builds the trainer.
+        """Sets the trainable parameters of the run's reward, and builds the trainer.
 
         Raises:
-            ValueError: if there is not exactly one reward.
+            ValueError: if ``rewards`` does not contain exactly one reward.
         """
         if len(rewards) != 1:
             raise ValueError(f"'denscore' trains one reward, got {len(rewards)}; set exactly one in rewards")
@@ -193,7 +193,7 @@ class DenscoreTrainer(Trainer):
         return super().step(batch, lambda total: backward(self.runtime.world_size * total))
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Concatenates the rows ``(n, ...)`` of all processes; n may differ. Only this process's rows have gradient."""
+        """Concatenates the rows ``(n, ...)`` of all processes; n may differ. Only rows of this process get gradient."""
         counts = self.runtime.gather(torch.tensor([len(local)], device=local.device)).tolist()
         padded = local.new_zeros((max(counts), *local.shape[1:]))
         padded[: len(local)] = local.detach()
