@@ -28,9 +28,9 @@ class Batches(Sampler[list[int]]):
     """Infinite sequence of the batches of one process, as lists of item indices, reshuffled every epoch.
 
     A global batch consists of the batches of all processes. All processes compute the same global batches and take
-    their own slice of each, so an item occurs once per epoch. The images of a global batch have one size, their
-    *bucket*: it is complete when enough items of a bucket have come. The k-th global batch does not depend on
-    ``start``, so a run can start at any k.
+    their own slice of each, so an item occurs once per epoch. All images of a global batch have one size, i.e. are from
+    one *bucket*. Items are collected for each bucket until they fill a global batch. The k-th global batch does not
+    depend on ``start``, so a run can start at any k.
 
     Args:
         length: number of items in the data.
@@ -98,9 +98,9 @@ class PromptDataset(Dataset[dict[str, Any]]):
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Collates b items with equal keys into one batch: tensors are stacked to ``(b, ...)``, other values are listed.
 
-    A usual batch is ``{"prompt": list[str], "image": (b, 3, h, w)}`` with pixels in [0, 1]. With a cache, ``posterior``
-    ``(b, 2c, h, w)`` replaces ``image``: mean and standard deviation of the VAE's posterior. Prompt-only data has
-    neither.
+    A usual batch is ``{"prompt": list[str], "image": (b, 3, h, w)}`` with pixels in [0, 1]. With a latent cache,
+    ``posterior`` ``(b, 2c, h, w)`` replaces ``image``: mean and standard deviation of the VAE's posterior. Prompt-only
+    data has neither.
 
     Raises:
         ValueError: if the tensors of a key differ in shape.
@@ -174,7 +174,7 @@ def plan_batches(
 ) -> Batches:
     """Returns the `Batches` of some data; the arguments are those of `Batches`, with the data instead of its length.
 
-    A stream has no item indices: `load_batches` uses the other arguments only.
+    For a stream, the item indices have no meaning: `load_batches` uses the attributes of the `Batches` only.
     """
     length = 1 if isinstance(data, Stream) else len(data)
     return Batches(length, batch_size, seed, start, rank, world_size, buckets)
@@ -187,7 +187,7 @@ def load_batches(
 
     Args:
         data: the data.
-        batches: the item indices of each batch; for a stream, only its other attributes are used.
+        batches: the item indices of each batch; for a stream, only the attributes of this object are used.
         needs_images: whether to load images; otherwise batches have only prompts.
         workers: number of processes that load batches; 0 loads in this process.
         pin_memory: whether to put tensors into page-locked memory, from which they can be copied to a CUDA device

@@ -28,18 +28,19 @@ def fit(
         config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `load_config`.
         device: a torch device, e.g. ``"cuda"``. None selects CUDA if available, else Apple's MPS, else the CPU. With
             several processes, each uses its own GPU.
-        resume: a checkpoint of this run, or the run's folder, of which the newest intact checkpoint is used. The result
-            equals that of an uninterrupted run. If it is the folder in ``output`` and has no checkpoint yet, or if it
-            is None, the run starts from step 0.
+        resume: a checkpoint of this run, or the run's folder, of which the newest intact checkpoint is used. The
+            trained weights equal those of an uninterrupted run. The run starts from step 0 if ``resume`` is None, or if
+            it is the folder in ``output`` and contains no checkpoint yet.
 
     Returns:
         The number of completed steps and the last checkpoint; see `longalign.loop.run.FitResult`.
 
     Raises:
-        ConfigError: if the config or its files are invalid; lists all problems, each with the path of its key.
+        ConfigError: if the config or a file in it is invalid; the message lists all problems, each with the path of its
+            key.
         FileNotFoundError: if ``resume`` has no checkpoint and is not the folder in ``output``.
-        ValueError: if the data does not fit the trainer, a different process is writing to the output folder, this
-            folder contains a run that is not resumed, or the checkpoint belongs to a different run.
+        ValueError: if the data does not fit the trainer, another process is writing to the output folder, this
+            folder contains a run and ``resume`` is not in it, or the checkpoint belongs to a different run.
         RunError: if the run had to stop: out of memory, or a non-finite loss or gradient.
         NonFiniteReward: if a reward's score is NaN or infinite. Image and prompt are saved in ``<output>/non-finite``.
     """

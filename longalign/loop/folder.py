@@ -102,7 +102,7 @@ def prune(checkpoint: Path, keep: int | None) -> None:
 
 
 def resume_hint(output: Path) -> str:
-    """Returns a text for messages: the last checkpoint in a run's folder and the command to resume from it."""
+    """Returns a text for messages: a run's last checkpoint and the command to resume from it, or that there is none."""
     saved = checkpoints(output)
     if not saved:
         return f"no checkpoint in {output} yet"

@@ -18,7 +18,7 @@ LARGE = 100_000_000
 
 
 def log_run_summary(composition: Composition, optimization: Optimization, step: int, num_images: int) -> None:
-    """Logs device, precision, trainable and unused parameters, data, batch size and output of a run.
+    """Logs device, precision, parameters (trainable, or frozen because unused), data, batch size and output of a run.
 
     Warns if a model of more than `LARGE` parameters is trained on a CPU, or if a batch has more items than the data.
 

@@ -25,7 +25,7 @@ class MetricMeans:
 
     Attributes:
         sums: sum of each metric, a tensor ``()``.
-        counts: number of steps with a value of each metric.
+        counts: for each metric, the number of steps that have it.
         skipped: number of steps that fp16's gradient scaler skipped.
     """
 
@@ -44,7 +44,7 @@ class MetricMeans:
         """Returns the mean of each metric over the steps that have it; empty if nothing was added.
 
         Args:
-            reduce: averages a tensor ``(k,)`` of k means over all processes.
+            reduce: averages each of the k means in a tensor ``(k,)`` over all processes, and returns a tensor ``(k,)``.
         """
         if not self.sums:
             return {}
@@ -100,7 +100,7 @@ class Log:
 
     @property
     def seconds(self) -> float:
-        """Seconds since this log was created; in a resumed run, since it was resumed."""
+        """Seconds since this log was created, i.e. since the run was started or last resumed."""
         return time.perf_counter() - self.start
 
     def append(self, step: int, values: dict[str, float]) -> None:
@@ -120,7 +120,7 @@ class Log:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends a line as `append` does, and shows its values and the peak GPU memory in GiB on the progress bar.
 
-        The gradient norm and the single losses, whose names end in ``_loss``, are not shown.
+        The gradient norm and values whose names end in ``_loss`` are not shown.
         """
         self.append(step, values)
         if not self.enabled:

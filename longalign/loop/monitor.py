@@ -56,7 +56,7 @@ class Monitor:
     Args:
         composition: the run's config and its built parts.
         optimization: holds the trainable weights. Images are sampled with their moving average if the run has one.
-        prompts: the held-out prompts; one image is sampled for each prompt and each seed of the section.
+        prompts: the held-out prompts; one image is sampled for each prompt and each seed in `monitor`.
         metrics: the metrics; only those of the first process are used.
         reporter: writes values to the log, and values and images to trackers.
 
@@ -87,7 +87,8 @@ class Monitor:
     def is_due(self, step: int) -> bool:
         """Returns whether a measurement is due after ``step`` completed optimizer steps.
 
-        It is due at the start, every ``monitor.every`` steps and at the last step, unless it was already made.
+        It is due at the start, every ``monitor.every`` steps and at the last step, unless there already is one of this
+        step.
         """
         if self.settings is None or any(point.step == step for point in self.points):
             return False
@@ -96,7 +97,8 @@ class Monitor:
     def run(self, step: int) -> Exception | None:
         """Generates and measures the held-out images, and appends the measurement to ``points`` in all processes.
 
-        All processes must call this method. The first one generates and measures; with sharded weights, all generate.
+        All processes must call this method. Only the first process measures. Only the first one generates, too, unless
+        FSDP shards the weights: then all processes generate.
 
         Args:
             step: number of completed optimizer steps.
@@ -254,16 +256,17 @@ class Monitor:
 def training_values(means: Mapping[str, float]) -> dict[str, float]:
     """Selects the training metrics of a measurement: the mean reward, and the share that does not depend on the text.
 
-    A reward that is decomposed logs its score as the sum of ``text_relevant`` and ``text_irrelevant`` (LongAlign,
-    section 4). The share is ``text_irrelevant / (text_relevant + text_irrelevant)``. It is omitted if this sum is not
-    positive.
+    A decomposed reward logs the two parts of its score, ``text_relevant`` and ``text_irrelevant`` (LongAlign,
+    section 4). The share is ``text_irrelevant / (text_relevant + text_irrelevant)``. It is omitted if the score, the
+    sum of both parts, is not positive.
 
     Args:
         means: means of training metrics by name. With several rewards, names start with the reward's index, such as
             ``0/text_relevant``.
 
     Returns:
-        ``reward``, and ``text_irrelevant_share`` of each decomposed reward; empty if ``means`` has neither.
+        ``reward``, and ``text_irrelevant_share`` of each decomposed reward, e.g. ``0/text_irrelevant_share`` with
+        several rewards; empty if ``means`` has neither.
     """
     out = {"reward": means["reward"]} if "reward" in means else {}
     for name, irrelevant in means.items():

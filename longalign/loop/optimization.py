@@ -85,8 +85,8 @@ class Optimization:
             batches: yields this process's batches; see `longalign.loop.batches.collate`.
 
         Returns:
-            Losses and metrics of this process by name, tensors ``()`` averaged over the micro-steps. None if fp16's
-            gradient scaler skipped the step.
+            Losses and metrics of this process by name, tensors ``()`` averaged over the micro-steps, and ``grad_norm``,
+            the norm of the gradient. None if fp16's gradient scaler skipped the step.
 
         Raises:
             NonFinite: if the norm of the gradient is not finite, except with fp16.
@@ -167,7 +167,8 @@ def compiler(setting: bool | str) -> Callable[[Any], Any]:
     Also increases torch's global limits of recompilations.
 
     Args:
-        setting: value of ``loop.compile``: the name of a backend; True and ``"regional"`` select the backend inductor.
+        setting: value of ``loop.compile``, not False: the name of a backend; True and ``"regional"`` select
+            ``"inductor"``.
     """
     backend = setting if isinstance(setting, str) and setting != "regional" else "inductor"
     # eager random numbers, so that a call replayed with gradient has the same dropout as the recorded call

@@ -25,7 +25,7 @@ def claim_output(config: RunConfig, accelerator: Accelerator, resume: Path | Non
         The lock in the first process, None in the others.
 
     Raises:
-        ValueError: if a process of a different run is writing to the folder, or if the folder contains a run and
+        ValueError: if another process is writing to the folder, or if the folder contains a run and
             ``resume`` is not in it.
         OSError: if the folder cannot be created or written to.
     """

@@ -55,8 +55,8 @@ class Point:
 def best(points: Sequence[Point], choice: KeepBestConfig) -> Point | None:
     """Returns the measurement with the best value of ``choice.metric``; None if no measurement is accepted.
 
-    ``choice.guard`` rejects measurements at which its own metric is worse than in the first one by more than
-    ``at_most_worse``. Of several equal values, the first one is the best.
+    ``choice.guard`` rejects measurements in which ``guard.metric`` is worse than in the first measurement by more than
+    ``guard.at_most_worse``. Of several equal values, the first one is the best.
     """
     found: Point | None = None
     for point in points:
@@ -73,7 +73,7 @@ def _within(points: Sequence[Point], point: Point, guard: GuardConfig | None) ->
 def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | None:
     """Returns the step of the `best` measurement, step 0 excluded because it has no checkpoint; None if there is none.
 
-    The guard compares with the first measurement, even if this is the one at step 0.
+    ``choice.guard`` (see `best`) compares with the first measurement, even if this is the one at step 0.
     """
     trained = [p for p in points if p.step and _within(points, p, choice.guard)]
     found = best(trained, choice.model_copy(update={"guard": None}))
@@ -81,7 +81,7 @@ def best_checkpoint(points: Sequence[Point], choice: KeepBestConfig) -> int | No
 
 
 def is_over(points: Sequence[Point], choice: EarlyStopConfig) -> bool:
-    """Returns whether none of the last ``choice.patience`` measurements is the `best` one so far."""
+    """Returns whether none of the last ``choice.patience`` measurements is the `best`; False while there are fewer."""
     found = best(points, choice)
     since = len(points) if found is None else len(points) - 1 - points.index(found)
     return since >= choice.patience
@@ -90,9 +90,10 @@ def is_over(points: Sequence[Point], choice: EarlyStopConfig) -> bool:
 def divergences(points: Sequence[Point], window: int) -> Iterator[str]:
     """Yields a warning for each metric that became worse between two measurements while the training reward rose.
 
-    The change of a metric is its mean over the prompts, whose images have the same noise in both measurements. It
-    counts if it exceeds twice its standard error over at least `MIN_PROMPTS` prompts. Skipped are gauges, values of a
-    subgroup (names with a slash) and statistics without a value per prompt.
+    The images of a prompt have the same noise in both measurements. A metric became worse if its mean change over the
+    prompts is for the worse and exceeds twice the standard error of this mean. Metrics with values of fewer than
+    `MIN_PROMPTS` prompts are skipped. Also skipped are gauges (see `Point`), values of a subgroup (names with a slash)
+    and statistics without a value per prompt.
 
     Args:
         points: all measurements so far.

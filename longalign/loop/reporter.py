@@ -44,7 +44,7 @@ class Reporter:
     def current(self) -> dict[str, float]:
         """Returns the means of the metrics since the last log line, over all processes.
 
-        ``loss`` is the sum of the losses, whose names end in ``_loss``. All processes must call this method.
+        They include ``loss``, the sum of the means whose names end in ``_loss``. All processes must call this method.
 
         Raises:
             NonFinite: if the mean of a loss is not finite.
@@ -56,7 +56,7 @@ class Reporter:
         return {"loss": sum(losses.values()), **metrics} if losses else metrics
 
     def write(self, step: int, lr: float, num_truncated: int) -> None:
-        """Writes the `current` metrics to the log, the progress bar and trackers, and starts new means.
+        """Writes the `current` metrics to the log, the progress bar and trackers, and resets them.
 
         Args:
             step: number of completed optimizer steps.
@@ -73,6 +73,6 @@ class Reporter:
         self.trackers.log_metrics(metrics, step)
 
     def append(self, step: int, values: dict[str, float]) -> None:
-        """Writes the given values, by name, to the log and to trackers. The means are unchanged."""
+        """Writes ``values``, by name, to the log and to trackers. The metrics of `current` are unchanged."""
         self.log.append(step, values)
         self.trackers.log_metrics(values, step)

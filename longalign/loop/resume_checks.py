@@ -46,14 +46,14 @@ def check_resumable(state: ResumeState, composition: Composition, num_processes:
         num_processes: number of processes of this run.
 
     Raises:
-        ValueError: if a key that is not in `RESUMABLE_KEYS` or the number of processes has changed, or
-            ``loop.workers`` has changed and the data is a stream.
+        ValueError: if the number of processes has changed, if a key that is not in `RESUMABLE_KEYS` has changed, or if
+            the data is a stream and ``loop.workers`` has changed.
     """
     changes = check_same_run(state.config, composition.config)
     if "loop.workers" in changes and isinstance(composition.data, Stream):
         raise ValueError(
             f"loop.workers was {changes['loop.workers'][0]} in the checkpoint and is {changes['loop.workers'][1]} now, "
-            "which would repeat and omit items of a stream; set it to the former value"
+            f"which would repeat and omit items of a stream; set it to {changes['loop.workers'][0]}"
         )
     check_num_processes(state, num_processes)
     for key, (old, new) in changes.items():
@@ -105,9 +105,9 @@ def input_fingerprints(config: RunConfig, data: Any, buckets: Sequence[int] | No
         buckets: result of `longalign.loop.batches.read_buckets`.
 
     Returns:
-        ``{"weights": {key: fingerprint}, "data": {...}}``. The fingerprint of a Hub id is the downloaded commit. For
-        the data: number of items, a hash of selected prompts, and a hash of ``buckets`` if it is not None. A stream has
-        no entry ``data``.
+        ``{"weights": {config key: fingerprint}, "data": {...}}``. The fingerprint of a Hub id is the downloaded commit.
+        For the data: number of items, a hash of selected prompts, and a hash of ``buckets`` if it is not None. A stream
+        has no entry ``data``.
     """
     config_dict = to_dict(config)
     parts = {key: config_dict[key] for key in ("backbone", "encoder", "rewards")}

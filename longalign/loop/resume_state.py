@@ -86,7 +86,9 @@ def find_state(path: Path, output: Path) -> ResumeState | None:
 
     Raises:
         FileNotFoundError: if ``path`` has no checkpoint and is not ``output``.
-        ValueError: if all checkpoints are damaged; the message names a damaged file of the newest one.
+        ValueError: if the checkpoint, or each one of the run, is damaged; the message names a damaged file of the
+            newest one.
+        OSError: like ValueError, if that file cannot be read.
     """
     if path.is_file():
         path = path.parent
@@ -152,7 +154,7 @@ def load_state(checkpoint: Path) -> ResumeState:
 def shared_state(
     optimization: Optimization, monitor: dict[str, Any], origin: dict[str, Any], step: int
 ) -> dict[str, Any]:
-    """Returns the training state that is the same in all processes, which the first process writes.
+    """Returns the state for a checkpoint that is the same in all processes, and that the first process writes.
 
     With FSDP, all processes must call this function, and only the first one gets the full tensors.
 
@@ -180,7 +182,7 @@ def shared_state(
 
 
 def process_state(means: MetricMeans, monitor: MetricMeans) -> dict[str, Any]:
-    """Returns the state that each process writes: random generators, and metrics that are not yet logged.
+    """Returns the state of this process for a checkpoint: random generators, and metrics that are not yet logged.
 
     Args:
         means: metrics since the last log line.

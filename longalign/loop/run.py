@@ -160,7 +160,8 @@ class Run:
     def train(self, interrupted: Callable[[], bool]) -> FitResult:
         """Trains to the last step, unless the run ends early.
 
-        It ends after the step in which ``interrupted`` returns True, or if ``monitor.early_stop`` ends it.
+        It ends early after a step if ``interrupted`` then returns True in any process, or if ``monitor.early_stop``
+        ends it. A checkpoint is written in each case.
         """
         if self._measure() and self.step:  # an interruption came before the measurement
             self.folder = self._save()

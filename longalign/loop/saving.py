@@ -25,7 +25,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint, with weights, config and training state, and returns its folder.
 
-    All processes must call this function. The folder gets its final name when all have written their files.
+    All processes must call this function. The folder gets its final name when all processes have written their files.
 
     Args:
         composition: the run's config and its built parts.

@@ -67,7 +67,7 @@ def check_cuda_graphs(loop: LoopConfig, accelerator: Accelerator) -> None:
     if loop.cuda_graphs and (accelerator.device.type != "cuda" or accelerator.num_processes > 1):
         raise ValueError(
             f"loop.cuda_graphs needs one process on a CUDA device, got num_processes={accelerator.num_processes} "
-            f"and device '{accelerator.device.type}'; set it to false"
+            f"and device '{accelerator.device.type}'; set loop.cuda_graphs to false"
         )
 
 
@@ -77,9 +77,9 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def process_runtime(accelerator: Accelerator, runtime: Runtime) -> Runtime:
-    """Returns ``runtime`` with this process's device, rank, number of processes and ``gather``.
+    """Returns a copy of ``runtime`` with this process's device and rank, the number of processes and ``gather``.
 
-    With one process, it is returned unchanged.
+    With one process, ``runtime`` itself is returned.
     """
     if accelerator.num_processes == 1:
         return runtime

@@ -38,9 +38,9 @@ def explain_non_finite(optimization: Optimization, output: Path, step: int) -> I
 
 @contextmanager
 def explain_errors(config: RunConfig) -> Iterator[None]:
-    """Context manager: converts out-of-memory errors and failures of data-loading workers to `RunError`.
+    """Context manager: raises out-of-memory errors and failures of data-loading workers as `RunError`.
 
-    The message advises which keys of ``config`` to change.
+    The message names the keys of ``config`` to change.
     """
     output = Path(config.output)
     try:

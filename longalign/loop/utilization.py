@@ -35,7 +35,7 @@ class Utilization:
     def end(self) -> dict[str, Tensor]:
         """Ends a training step and returns ``{"mfu": tensor ()}``, a fraction from 0 to about 1.
 
-        Empty for the first step, in which kernels may be compiled.
+        For the first step, in which kernels may be compiled, the returned dict is empty.
         """
         seconds, operations = time.perf_counter() - self.begin, self.flops.total - self.before
         self.steps += 1
@@ -53,8 +53,8 @@ def make_utilization(loop: LoopConfig, backbone: Backbone) -> Utilization | None
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Measures the FLOPs per second of a matrix product, as the fastest of five.
 
-    Two square matrices are multiplied, 8192 wide on an accelerator and 1024 wide on a CPU. Multiplication and addition
-    count as two.
+    Two square matrices are multiplied, 8192 wide on an accelerator and 1024 wide on a CPU. A
+    multiplication and an addition count as two FLOPs.
     """
     side, fastest = 1024 if device.type == "cpu" else 8192, math.inf
     a = torch.rand(side, side, device=device, dtype=dtype)

@@ -18,10 +18,10 @@ from longalign.testing.common import CPU, checked_config, config_checks, expect,
 def check_backbone(config: Any, *, lora: Any, runtime: Runtime = CPU, size: int | None = None) -> None:
     """Checks that a backbone can be trained, sampled and saved.
 
-    It checks the config (see `longalign.testing.common.config_checks`), shapes of latents and images, and
-    the decoder's gradient. Predictions must depend on the conditioning, and gradient checkpointing must not change
-    gradients. Nothing may be trainable before a LoRA is added. Adding, merging and reloading a LoRA must not change
-    predictions, nor training it those of the reference model. In full fine-tuning, all trainable weights must get a
+    It checks the config (see `longalign.testing.common.config_checks`), shapes of latents and images, and the decoder's
+    gradient. Predictions must depend on the conditioning, and gradient checkpointing must not change gradients. Nothing
+    may be trainable before a LoRA is added. Adding, merging and reloading a LoRA must not change predictions. Training
+    a LoRA must not change the predictions of the reference model. In full fine-tuning, all trainable weights must get a
     gradient.
 
     Args:

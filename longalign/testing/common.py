@@ -78,7 +78,7 @@ def expect_error(name: str, call: Callable[[], Any]) -> None:
         call()
     except ValueError:
         return
-    raise AssertionError(f"{name}: expected a ValueError, nothing was raised")
+    raise AssertionError(f"{name}: nothing was raised; raise a ValueError")
 
 
 def checked_config(kind: str, config: Any, base: type[Config]) -> Config:
@@ -95,7 +95,7 @@ def checked_config(kind: str, config: Any, base: type[Config]) -> Config:
     """
     checked = REGISTRIES[kind].validate(config)
     if not isinstance(checked, base):
-        raise AssertionError(f"{type(checked).__name__} must derive from {base.__module__}.{base.__name__}")
+        raise AssertionError(f"the config {type(checked).__name__} must derive from {base.__module__}.{base.__name__}")
     return checked
 
 
@@ -146,7 +146,7 @@ def config_checks(kind: str, config: PartConfig) -> list[Check]:
         except ConfigError as error:
             expect("no_such_key" in str(error), f"the error does not name the unknown key: {error}")
         else:
-            raise AssertionError("an unknown key is accepted; keep extra='forbid'")
+            raise AssertionError("the config accepts an unknown key; keep extra='forbid' in its model_config")
 
     return [is_listed, is_described, imports_no_torch, survives_json, rejects_unknown_keys]
 

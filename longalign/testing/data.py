@@ -18,9 +18,9 @@ from longalign.testing.common import CPU, checked_config, config_checks, expect,
 def check_data(config: Any, *, runtime: Runtime = CPU, count: int = 3) -> None:
     """Checks that data can be used by every trainer.
 
-    It checks the config (see `longalign.testing.common.config_checks`), and the keys, shapes, dtypes and
-    ranges of items. An item must be the same when it is read again, and its prompt that of ``prompt(index)``. An index
-    out of range must raise IndexError. It must be possible to pickle the data, for loading workers.
+    It checks the config (see `longalign.testing.common.config_checks`), and the keys, shapes, dtypes and ranges of
+    items. An item must be the same when it is read again, and its prompt must equal ``prompt(index)``. An index out of
+    range must raise IndexError. It must be possible to pickle the data, for loading workers.
 
     Args:
         config: name, mapping or config of the data.
@@ -73,7 +73,7 @@ def check_data(config: Any, *, runtime: Runtime = CPU, count: int = 3) -> None:
             data[len(data)]
         except IndexError:
             return
-        raise AssertionError("data[len(data)] must raise IndexError, nothing was raised")
+        raise AssertionError("data[len(data)] raised nothing; raise IndexError if the index is out of range")
 
     def prompts_are_those_of_the_items() -> None:
         expect(

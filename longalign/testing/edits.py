@@ -35,12 +35,12 @@ LOGGED = {"text_relevant", "text_irrelevant", "eta", "edit_norm"}
 def check_edit(config: Any, *, inner: Any = MINI_CLIP, runtime: Runtime = CPU, size: int = 64) -> None:
     """Checks that an edit can be used in the reward `edited`.
 
-    It checks the config (see `longalign.testing.common.config_checks`), and that edited embeddings are
-    finite, of shape ``(b, d)`` and the same in a repeated call. A prompt's embedding must not depend on the other
-    prompts, given the common direction of the text embeddings. The input must not be modified, nothing may be
-    trainable, and a saved and loaded edit must give the same embeddings. In the reward `edited`, the score must be the
-    dot product of image embedding and edited embedding, with a finite non-zero gradient. The logged ``text_relevant``
-    and ``text_irrelevant`` must sum to the score without the edit.
+    It checks the config (see `longalign.testing.common.config_checks`), and that edited embeddings are finite, of shape
+    ``(b, d)`` and the same in a repeated call. With a fixed common direction of the text embeddings, a prompt's
+    embedding must not depend on the other prompts. The input must not be modified, nothing may be trainable, and a
+    saved and loaded edit must give the same embeddings. In the reward `edited`, the score must be the dot product of
+    image embedding and edited embedding, with a finite non-zero gradient. The logged ``text_relevant`` and
+    ``text_irrelevant`` must sum to the score without the edit.
 
     Args:
         config: name, mapping or config of the edit.

@@ -29,9 +29,9 @@ from longalign.testing.common import (
 def check_encoder(config: Any, *, runtime: Runtime = CPU) -> None:
     """Checks that an encoder can be used by every trainer, backbone and pipeline.
 
-    It checks the config (see `longalign.testing.common.config_checks`), the shapes of states, mask and
-    pooled embedding, and that all text is encoded or reported as truncated. The prompts include the empty one, one of
-    more than 1000 words and one with emoji. States must not depend on the other prompts of the batch. Those of a frozen
+    It checks the config (see `longalign.testing.common.config_checks`), the shapes of states, mask and pooled
+    embedding, and that all text is encoded or reported as truncated. The prompts include the empty one, one of more
+    than 1000 words and one with emoji. States must not depend on the other prompts of the batch. States of a frozen
     encoder must not depend on training mode. Trainable parameters must receive gradient. Invalid input must raise
     ValueError.
 

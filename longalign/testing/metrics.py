@@ -32,14 +32,14 @@ def check_metric(
 ) -> None:
     """Checks that a metric can be used in every table.
 
-    It checks the config (see `longalign.testing.common.config_checks`). Values must have shape ``(n,)``
-    for n images and be finite or NaN, also those of a set of repeated images. Observations must be the same in a
-    repeated call, and values must not depend on the batch size. The names of values must start with the metric's label,
-    and have a direction: higher or lower is better, or None.
+    It checks the config (see `longalign.testing.common.config_checks`). Values must have shape ``(n,)`` for n images
+    and be finite or NaN. Statistics must not be infinite, even if images are repeated. Observations must be the same in
+    a repeated call, and values must not depend on the batch size. The names of values must start with the metric's
+    label. The direction of each value must be ``"higher"`` or ``"lower"`` (which is better), or None.
 
     Args:
         config: name, mapping or config of the metric.
-        prompts: prompts for which the metric has values. Two random images of each are measured, as of two seeds.
+        prompts: prompts for which the metric has values. For each prompt, two random images are measured.
         runtime: device and dtype.
         size: side of the square test images in pixels.
 

@@ -24,7 +24,7 @@ NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def new_plugin(name: str, kind: str, folder: str | Path = ".") -> Path:
-    """Writes the package of a plugin with one part. It works on the synthetic scenes and passes its conformance test.
+    """Writes the package of a plugin with one part. The part works at once, and passes the test in the package.
 
     Args:
         name: name of the part in kebab case, e.g. ``"my-reward"``; the package is called ``longalign-<name>``.

@@ -12,8 +12,8 @@ from longalign.testing.common import CPU, EMOJI, LONG, SHORT, checked_config, co
 def check_segmenter(config: Any, *, lossless: bool = True) -> None:
     """Checks that a segmenter can be used by encoders and rewards.
 
-    It checks the config (see `longalign.testing.common.config_checks`). Segments must be non-empty texts,
-    and the empty prompt must have none. A repeated call must return the same segments.
+    It checks the config (see `longalign.testing.common.config_checks`). Segments must be non-empty texts. The
+    empty prompt must have no segment with text. A repeated call must return the same segments.
 
     Args:
         config: name, mapping or config of the segmenter.

@@ -54,7 +54,7 @@ def _built() -> Path:
 
 
 def once(build: Builder) -> Builder:
-    """Decorator of builders: runs ``build`` once per process and settings, and copies its files to each ``folder``.
+    """Decorator of builders: calls ``build`` once per process and settings, and copies the files to each ``folder``.
 
     Args:
         build: ``build(folder, ...)`` writes files to ``folder``; all its other arguments are settings.
@@ -78,7 +78,7 @@ def once(build: Builder) -> Builder:
 
 
 def parts_folder(folder: Path) -> Path:
-    """Returns ``<folder>-parts``, for parts of a model that are loaded again to build the model in ``folder``."""
+    """Returns the path ``<folder>-parts``, where parts of the model in ``folder`` are written before it is built."""
     return folder.with_name(f"{folder.name}-parts")
 
 
@@ -129,7 +129,7 @@ def tiny_clip(folder: Path, seed: int = 0, tokenizer: bool = True, width: int = 
 
 @once
 def tiny_hpsv2(folder: Path, name: str = "HPS_v2.1_compressed.pt") -> Path:
-    """Writes an open_clip model for 32x32 images as the file ``name`` of HPSv2, with a config and vocabulary for it."""
+    """Writes an HPSv2 for 32x32 images: the file ``name``, open_clip's config and vocabulary. Returns ``folder``."""
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -729,7 +729,7 @@ def edited(inner: Any, edit: str = "direction", direction: Any = "batch", gather
         inner: the reward whose embeddings are used.
         edit: name of the edit.
         direction: source of the common direction of the text embeddings; ``"batch"`` is the mean of a batch.
-        gather: gathers tensors of all processes, see `Runtime`; None for one process.
+        gather: function that gathers tensors of all processes, see `Runtime`; None for one process.
         **settings: keys of the edit's config.
     """
     from longalign.registry import edits
@@ -741,7 +741,7 @@ def edited(inner: Any, edit: str = "direction", direction: Any = "batch", gather
 
 
 def steps(name: str, **settings: Any) -> Any:
-    """Builds the part ``name`` of kind ``gradient_steps``, for one process; ``settings`` are the keys of its config."""
+    """Builds the part ``name`` of kind ``gradient_steps``, for one process; ``settings`` are keys of this part."""
     from longalign.registry import gradient_steps
     from longalign.runtime import Runtime
 

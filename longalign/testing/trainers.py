@@ -23,8 +23,8 @@ def check_trainer(run: Any) -> None:
     """Checks that a trainer trains, logs, saves and resumes.
 
     It checks the trainer's config, and trains a run for three steps in a temporary folder. Losses must be finite, and a
-    saved weight must change. A second run that ends after two steps and is resumed must log the same numbers and save
-    the same weights, bit by bit.
+    saved weight must change. A second run that stops after two steps and is resumed must log the same numbers and
+    save the same weights as the first run, bit by bit.
 
     Args:
         run: config of a run with the trainer, as for `longalign.fit`, with tiny checkpoints. Its keys ``output``,

@@ -36,14 +36,14 @@ class Trainer(nn.Module):
 
         Args:
             batch: ``{"prompt": list[str], "image": (b, 3, h, w) in [0, 1]}``, without ``image`` if `needs_images` is
-                False. With a cache, ``posterior`` ``(b, 2c, h, w)`` replaces ``image``; see
+                False. With a latent cache, ``posterior`` ``(b, 2c, h, w)`` replaces ``image``; see
                 `longalign.trainers.diffusion.batch_latents`.
 
         Returns:
             Tensors ``()`` by name. Values with a name that ends in ``_loss`` are summed and minimized; they require
             gradient. All other values are only logged.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no losses; implement loss or step")
 
     def step(self, batch: Mapping[str, Any], backward: Backward) -> dict[str, Tensor]:
         """Computes the gradient of a batch by calling ``backward`` on one or more scalars.
@@ -76,7 +76,7 @@ class Trainer(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Wraps the modules that are called with gradient, and returns their wrappers; by default there are none.
+        """Wraps the modules that are called with gradient, and returns the wrappers; by default an empty list.
 
         From then on, the trainer must call the wrappers instead of the modules.
 

@@ -19,7 +19,7 @@ class TrainerConfig(PartConfig):
     The attributes specify what the trainer requires of a run. They are checked before any file is loaded.
 
     - ``needs``: the parts that the run must have: ``"backbone"``, ``"encoder"``, both or none. The run must not have
-      one that is missing here.
+      a backbone or encoder that is not listed here.
     - ``uses_rewards``: whether the trainer uses the run's rewards; otherwise the run must have none.
     - ``trains_rewards``: whether the trainer changes the weights of the rewards; otherwise they are frozen.
     - ``compares_pairs``: whether the data must have two images of each prompt.
@@ -39,7 +39,7 @@ class TrainerConfig(PartConfig):
     def image_sizes(self) -> Mapping[str, Sequence[Size]]:
         """Sizes in pixels of the images that the trainer samples, by the config key that sets them.
 
-        Empty if the trainer samples no images, or samples them at the backbone's native resolution.
+        Empty if the trainer samples no images, or only images of the backbone's native resolution.
         """
         return {}
 
@@ -51,7 +51,7 @@ class TrainerConfig(PartConfig):
 def image_problems(run: Any, caller: str) -> list[ConfigProblem]:
     """Returns ``[("data", message)]`` if the data of the `RunConfig` ``run`` has no images; else an empty list.
 
-    ``caller`` is the name in the message of the part that needs images.
+    ``caller`` names the part that needs images, for the message.
     """
     if run.data is None or run.data.has_images:
         return []

@@ -38,7 +38,7 @@ class EncodeModule(nn.Module):
 
 
 class DiffusionTrainer(Trainer):
-    """Base class of trainers of a backbone's denoiser and, if wanted, of an encoder's adapter.
+    """Base class of trainers that train a backbone's denoiser and, with ``train_adapter``, an encoder's adapter.
 
     Args:
         backbone: backbone whose trainable parameters were set by `train_denoiser`.
@@ -55,7 +55,7 @@ class DiffusionTrainer(Trainer):
         encoder.train_adapter(train_adapter)
 
     def prepare(self, wrap: Wrap) -> list[Any]:
-        """Wraps the denoiser and the encoder, each if it has trainable parameters, and returns the wrappers.
+        """Wraps those of denoiser and encoder that have trainable parameters, and returns the wrappers.
 
         The backbone keeps the unwrapped denoiser, so that wrappers and compilers add no prefix to weight names.
         """
@@ -95,11 +95,11 @@ class DiffusionTrainer(Trainer):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes b prompts and moves the conditioning to the denoiser's device.
 
-        A `TruncationWarning` is issued only for the first batch with a truncated prompt. ``num_truncated`` counts all
-        truncated prompts; it is logged as ``truncated_prompts``.
+        A `TruncationWarning` is issued only for the first batch with a truncated prompt. ``self.num_truncated`` counts
+        all truncated prompts; it is logged as ``truncated_prompts``.
 
         Returns:
-            The conditioning, with b rows and without reports.
+            The conditioning, with b rows and empty ``reports``.
 
         Raises:
             ValueError: if the encoder returns no `Conditioning`.
@@ -110,7 +110,7 @@ class DiffusionTrainer(Trainer):
             conditioning = self._encode[0](prompts)
         if not isinstance(conditioning, Conditioning):
             name = f"{type(self.encoder).__module__}.{type(self.encoder).__name__}"
-            raise ValueError(f"the encoder {name} must return a Conditioning, not a {type(conditioning).__name__}")
+            raise ValueError(f"the encoder {name} returned a {type(conditioning).__name__}; return a Conditioning")
         self.num_truncated += sum(bool(report.truncated) for report in conditioning.reports)
         # without the reports: selecting rows of these by an index on a GPU waits for the GPU
         return replace(conditioning, reports=()).to(self.backbone.device)
@@ -174,7 +174,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def train_denoiser(backbone: Backbone, lora: LoraConfig | None, name: str) -> None:
     """Adds a trainable LoRA to the backbone, or makes all weights of the denoiser trainable if ``lora`` is None.
 
-    A former LoRA is merged. The new one is called ``name``, or ``name-2``, ``name-3`` and so on if that name exists.
+    A former LoRA is merged into the weights. The new LoRA is called ``name``, or ``name-2``, ``name-3`` and so on if
+    that name exists.
     """
     if lora is None:
         backbone.train_all()

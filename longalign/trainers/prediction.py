@@ -24,20 +24,20 @@ def make_predictions(
 ) -> list[Predict]:
     """Returns for each sampling step a function that predicts with the denoiser.
 
-    A function maps latents ``(s * b, c, h, w)`` and timesteps ``(s * b,)`` to predictions ``(s * b, c, h, w)``; s is
+    Each function maps latents ``(s * b, c, h, w)`` and timesteps ``(s * b,)`` to predictions ``(s * b, c, h, w)``; s is
     the number of steps that one call covers. All steps with guidance have the same function, and so have all steps
     without guidance.
 
     The cross-attention's keys and values of the empty prompt are computed once for all images. Calls without gradient
     also share the keys and values of the prompts, so weights and training mode must not change between these calls.
-    Neither applies to an encoder whose states depend on the timestep.
+    If the encoder's states depend on the timestep, no keys and values are shared.
 
     Args:
         backbone: backbone with the denoiser.
         conditioning: conditioning of prompts and, if any step has guidance, of the empty prompt in the last row.
         rows: slice of the prompts in ``conditioning``, with b prompts.
         guided: for each step, whether it has classifier-free guidance.
-        scale: guidance scale of these steps.
+        scale: guidance scale of the steps with guidance.
         reference: whether the reference model predicts, which is the model before training, instead of the trained one.
     """
     denoise, project = backbone.predict, backbone.project_text
@@ -56,7 +56,7 @@ def make_predictions(
     selected = cache(lambda copies, is_guided: projected()[index(copies, is_guided)])
 
     def text(latents: Tensor, is_guided: bool) -> Conditioning:
-        """Returns the conditioning of the prompts, once for each step in ``latents``, then of as many empty prompts."""
+        """Returns one row per latent, that of its prompt; with guidance, then as many rows of the empty prompt."""
         copies = len(latents) // count
         if torch.is_grad_enabled():  # each call has a graph of its own
             return project(conditioning[used])[index(copies, is_guided)]

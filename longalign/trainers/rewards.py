@@ -47,7 +47,8 @@ class RewardList(nn.ModuleList):
 
         Raises:
             NonFiniteReward: if a score is not finite.
-            ValueError: if a reward returns no valid scores, or scores without gradient for images with gradient.
+            ValueError: if a reward does not return one floating-point score per image, modifies the images, or returns
+                scores without gradient for images with gradient.
         """
         scored = [guarded(reward, images, prompts) for reward in self if isinstance(reward, Reward)]
         if len(scored) == 1:

@@ -82,10 +82,10 @@ class DenscoreTrainer(Trainer):
     def from_config(
         cls, config: DenscoreTrainerConfig, runtime: Runtime, *, rewards: Sequence[TowerReward]
     ) -> DenscoreTrainer:
-        """Sets the trainable parameters of the only reward, and builds the trainer.
+        """Sets the trainable parameters of the run's reward, and builds the trainer.
 
         Raises:
-            ValueError: if there is not exactly one reward.
+            ValueError: if ``rewards`` does not contain exactly one reward.
         """
         if len(rewards) != 1:
             raise ValueError(f"'denscore' trains one reward, got {len(rewards)}; set exactly one in rewards")
@@ -118,9 +118,9 @@ class DenscoreTrainer(Trainer):
 
         Metrics:
 
-        - ``agreement``: fraction of pairs whose preferred image scores higher; a pair without preference counts half.
-        - ``r_at_1``: fraction of texts that score highest with the matching image. For captions, the candidates are all
-          images of the batch. For prompts, the candidates are the preferred images, one of each pair.
+        - ``agreement``: fraction of pairs whose preferred image scores higher; a tie counts half.
+        - ``r_at_1``: fraction of texts whose highest-scoring image is the matching one. For captions, the candidates
+          are all images of the batch. For prompts, the candidates are the preferred images, one of each pair.
         - ``segment_r_at_1``: like ``r_at_1``, but for single segments instead of the mean over a text's segments.
         - ``eta``: mean dot product of the prompts' embeddings with their common direction, the normalized mean of these
           embeddings (LongAlign, section 4).
@@ -193,7 +193,7 @@ class DenscoreTrainer(Trainer):
         return super().step(batch, lambda total: backward(self.runtime.world_size * total))
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Concatenates the rows ``(n, ...)`` of all processes; n may differ. Only this process's rows have gradient."""
+        """Concatenates the rows ``(n, ...)`` of all processes; n may differ. Only rows of this process get gradient."""
         counts = self.runtime.gather(torch.tensor([len(local)], device=local.device)).tolist()
         padded = local.new_zeros((max(counts), *local.shape[1:]))
         padded[: len(local)] = local.detach()
@@ -220,7 +220,7 @@ def pairwise_accuracy(scores: Tensor, preferences: Tensor) -> Tensor:
 
     Args:
         scores: ``(b, 2)`` scores of the two images of each pair.
-        preferences: ``(b,)`` fraction of annotators who prefer the first image. Pairs with 0.5 count half.
+        preferences: ``(b,)`` fraction of annotators who prefer the first image. 0.5 is a tie, which counts half.
     """
     correct = (scores[:, 0] > scores[:, 1]) == (preferences > 0.5)
     return torch.where(preferences == 0.5, 0.5, correct.float()).mean()

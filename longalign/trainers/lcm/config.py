@@ -14,8 +14,8 @@ from longalign.trainers.config import TrainerConfig, image_problems
 class LCMConfig(TrainerConfig):
     """Consistency distillation for sampling in a few steps (LCM, arXiv 2310.04378; LCM-LoRA, arXiv 2311.05556).
 
-    The student, which is trained, samples without guidance. The teacher is the model in the run's ``init_from``, else
-    that of the backbone. Teacher and encoder are frozen.
+    The student, which is trained, samples without guidance. The teacher is the model before training: the
+    checkpoint in the run's ``init_from`` or, without this key, the backbone's. Teacher and encoder are frozen.
     """
 
     target: ClassVar[str] = "longalign.trainers.lcm.trainer:LCMTrainer"
@@ -53,7 +53,9 @@ class LCMConfig(TrainerConfig):
     @model_validator(mode="after")
     def _check_guidance_range(self) -> LCMConfig:
         if self.w_min > self.w_max:
-            raise ValueError(f"expected w_min to be at most w_max, got {self.w_min} and {self.w_max}")
+            raise ValueError(
+                f"w_min must be at most w_max, got {self.w_min} and {self.w_max}; lower w_min or raise w_max"
+            )
         return self
 
     def check_run(self, run: Any) -> list[ConfigProblem]:

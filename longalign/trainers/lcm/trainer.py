@@ -70,7 +70,7 @@ class LCMTrainer(DiffusionTrainer):
         if remainder:
             raise ValueError(
                 f"the model's {num_timesteps} timesteps cannot be divided into {num_ddim_timesteps} equal DDIM steps; "
-                "set num_ddim_timesteps to a divisor"
+                f"set num_ddim_timesteps to a divisor of {num_timesteps}"
             )
         first, stride = (self.skip - 1, self.skip) if start_timesteps == "ddim" else (max(self.skip // 2, 1), 1)
         self.starts = torch.arange(first, num_timesteps, stride)
@@ -87,7 +87,10 @@ class LCMTrainer(DiffusionTrainer):
 
     @classmethod
     def from_config(cls, config: LCMConfig, runtime: Runtime, *, backbone: Backbone, encoder: Encoder) -> LCMTrainer:
-        """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer."""
+        """Adds a new LoRA to the backbone, or makes all of the denoiser's weights trainable, and builds the trainer.
+
+        In the second case, a copy of the weights is kept as the reference model.
+        """
         if config.lora is None:
             backbone.keep_reference_model()
         train_denoiser(backbone, config.lora, "lcm")
@@ -163,7 +166,7 @@ class LCMTrainer(DiffusionTrainer):
     def predict_target(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the student's prediction; the arguments are those of `Backbone.predict`.
 
-        If ``ema_decay`` is set, the weights are the moving averages.
+        If ``ema_decay`` is set, the student predicts with the moving averages of its weights.
         """
         averages = dict(zip(self.names, self.averages(), strict=True))
 

@@ -78,9 +78,11 @@ class RewardTrainerConfig(TrainerConfig):
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not 0 <= low < high < math.inf:
-                raise ValueError(f"guidance_interval must be two increasing numbers from 0, got {low:g} and {high:g}")
+                raise ValueError(
+                    f"guidance_interval must be two increasing numbers, the first at least 0; got {low:g} and {high:g}"
+                )
             if self.guidance == 1:
-                raise ValueError("guidance_interval has no effect at guidance 1; remove it or raise the guidance")
+                raise ValueError("guidance_interval has no effect at guidance 1; remove it or set guidance above 1")
         if self.replay_batch > 1 and self.replay != "recompute":
             raise ValueError(
                 f"replay_batch is {self.replay_batch}, but with replay '{self.replay}' calls keep their graphs one by "
@@ -104,11 +106,13 @@ class RewardTrainerConfig(TrainerConfig):
             )
         if self.regularizer == "kl" and self.train_adapter:
             raise ValueError(
-                "the regularizer 'kl' needs a frozen adapter, since the reference model uses the same one; set "
+                "the regularizer 'kl' needs a frozen adapter, since the reference model uses the adapter too; set "
                 "train_adapter to false or choose 'pretraining'"
             )
         if self.regularizer != "none" and self.regularizer_weight is None:
-            raise ValueError(f"the regularizer '{self.regularizer}' needs a regularizer_weight; set it")
+            raise ValueError(
+                f"the regularizer '{self.regularizer}' needs regularizer_weight; set it to a number above 0"
+            )
         return self
 
     @property

@@ -45,7 +45,7 @@ class Rollout:
         rows: slice of the batch's prompts, with b prompts.
         solver: the sampling steps that led to ``final``.
         final: ``(b, c, h, w)`` latents to decode.
-        recorded: the denoiser calls to recompute with gradient.
+        recorded: the denoiser calls that receive gradient.
     """
 
     rows: slice
@@ -165,7 +165,7 @@ class RewardTrainer(DiffusionTrainer):
         )
 
     def use_shape(self, shape: tuple[int, int, int]) -> None:
-        """Sets the latent shape ``(c, h, w)`` of the next samples, and its noise levels and solver."""
+        """Sets the latent shape ``(c, h, w)`` of the next samples, and the noise levels and solver for this shape."""
         self.shape, self.levels = shape, self.backbone.levels_at(shape)
         self.solve: Callable[[Sequence[int]], Solver] = partial(
             self._make_solver, self.levels, prediction=self.backbone.prediction
@@ -240,7 +240,8 @@ class RewardTrainer(DiffusionTrainer):
             keep: which calls keep their autograd graphs; see `kept_graphs`.
 
         Yields:
-            The `Rollout` of the prompts, then one for each copy of the samples that is noised again.
+            The `Rollout` of the prompts, then ``selected.copies`` further ones, each of a copy of the samples that is
+            noised again and denoised in one step.
         """
         solver = self.solve(self.solver.timesteps[: selected.length])
         predict = self.predictions(conditioning, rows, solver)
@@ -258,8 +259,8 @@ class RewardTrainer(DiffusionTrainer):
     def kept_graphs(self) -> bool | GraphBudget:
         """Returns which denoiser calls with gradient keep their autograd graphs in one training step.
 
-        True for all, False for none, or the memory up to which they do; the argument ``keep`` of
-        `longalign.functional.rollout_gradient.rollout`.
+        True: all calls. False: none. A `GraphBudget`: calls until their graphs fill this memory. It is the argument
+        ``keep`` of `longalign.functional.rollout_gradient.rollout`.
         """
         if isinstance(self.replay, str):
             return self.replay == "keep"
@@ -273,7 +274,8 @@ class RewardTrainer(DiffusionTrainer):
         """Encodes b prompts and, if guidance is enabled, the empty prompt, in one call with equal padding.
 
         Returns:
-            Conditioning with b rows, and one more for the empty prompt.
+            Conditioning with a row for each of the b prompts and, if guidance is enabled, a last row for the empty
+            prompt.
         """
         return self.encode([*prompts, ""] if self.guidance != 1 else list(prompts))
 
@@ -321,7 +323,7 @@ class RewardTrainer(DiffusionTrainer):
         return predict_in_eval_mode
 
     def score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
-        """Decodes final latents ``(b, c, h, w)`` and returns the summed scores of the rewards, with components."""
+        """Decodes final latents ``(b, c, h, w)`` and returns scores; see `RewardList.score_components`."""
         chunks = list(_chunks(len(latents), self.decode_batch))
         if len(chunks) == 1:
             images = self.backbone.decode(latents)

@@ -36,9 +36,10 @@ def preference_logits(errors: Tensor, reference_errors: Tensor, beta: float) -> 
 class DPOTrainer(DiffusionTrainer):
     """Makes the denoising error of preferred images smaller than that of rejected ones, relative to a reference model.
 
-    Both images of a pair get the same noise and timestep. The loss is the cross-entropy between the annotated
-    preference and that of the trained model, see `preference_logits`. If all annotators prefer one image, this is
-    Diffusion-DPO's loss. A pair without preference has no gradient at the start of the training.
+    Both images of a pair get the same noise and timestep. The loss is the cross-entropy between the fraction
+    of annotators who prefer the first image and the trained model's probability of this preference, see
+    `preference_logits`. If all annotators prefer one image, this is Diffusion-DPO's loss. A tie (fraction 0.5) has no
+    gradient at the start of the training.
 
     Args:
         backbone: backbone whose trainable parameters and reference model are already set.
@@ -69,14 +70,14 @@ class DPOTrainer(DiffusionTrainer):
 
         The change of an image is the trained model's denoising error for it minus that of the reference model.
 
-        - ``accuracy``: fraction of pairs whose preferred image has the smaller change; pairs without preference count
-          half.
-        - ``margin``: mean log-odds of the preferred image; see `preference_logits`.
-        - ``preferred_change``: mean change of the preferred images. It may rise while the loss falls.
+        - ``accuracy``: fraction of pairs whose preferred image has the smaller change; a tie counts half.
+        - ``margin``: mean log-odds of the preferred image, 0 for a tie; see `preference_logits`.
+        - ``preferred_change``: mean change of the preferred images, of the second image for a tie. It may rise while
+          the loss falls.
 
         Args:
             batch: dict with b texts ``prompt``, images ``image`` ``(b, 2, 3, h, w)`` in [0, 1], and ``preference``
-                ``(b,)``, the fraction of annotators who prefer the first image.
+                ``(b,)``, the fraction of annotators who prefer the first image; 0.5 is a tie.
         """
         backbone, count = self.backbone, len(batch["prompt"])
         latents = backbone.encode_images(batch["image"].flatten(0, 1))

@@ -45,7 +45,9 @@ class ResamplerConfig(PartConfig):
     @model_validator(mode="after")
     def _check(self) -> ResamplerConfig:
         if self.width % self.heads:
-            raise ValueError(f"expected a width divisible by heads, got width {self.width} and {self.heads} heads")
+            raise ValueError(
+                f"expected a width divisible by heads, got width {self.width} and {self.heads} heads; change one"
+            )
         changed = self.revision is not None or self.file != type(self).model_fields["file"].default
         if self.checkpoint is None and changed:
             raise ValueError("'file' and 'revision' require 'checkpoint'; set 'checkpoint' or remove both")

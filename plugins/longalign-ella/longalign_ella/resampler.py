@@ -78,7 +78,7 @@ class Resampler(Adapter):
         return resampler.float().requires_grad_(config.trainable).to(runtime.device)
 
     def adapt(self, conditioning: Conditioning) -> Conditioning:
-        """Returns T5's conditioning together with this resampler, which runs for each timestep of a prediction."""
+        """Returns an `EllaConditioning` of T5's states, which this resampler will resample for each timestep."""
         return EllaConditioning(
             conditioning.states, conditioning.mask, conditioning.pooled, conditioning.reports, resampler=self
         )
@@ -99,7 +99,7 @@ class Resampler(Adapter):
 
 @dataclass(frozen=True)
 class EllaConditioning(Conditioning):
-    """Conditioning with T5's states, which `at` resamples for a timestep.
+    """Conditioning with T5's states, which `at` maps to the denoiser's states for given timesteps.
 
     Attributes:
         resampler: the resampler, which maps T5's states and the timestep to the states for the denoiser.
@@ -113,7 +113,7 @@ class EllaConditioning(Conditioning):
 
 
 class Connector(nn.Module):
-    """The learned queries and the blocks in which they attend to T5's states; arguments as for `Resampler`."""
+    """The learned queries and the blocks in which they attend to T5's states; see `Resampler` for the arguments."""
 
     def __init__(self, in_dim: int, width: int, layers: int, heads: int, queries: int, time_dim: int):
         super().__init__()
@@ -158,7 +158,8 @@ class Block(nn.Module):
         Args:
             queries: ``(b, q, width)``.
             text: ``(b, n, width)`` projected states of T5.
-            ignored: ``(b, q + n)`` bool, True for queries, then states, that get no attention; None for none.
+            ignored: ``(b, q + n)`` bool, True for inputs that are not attended to: q queries, then n states. None
+                attends to all.
             embedding: ``(b, time_dim)`` timestep embeddings.
         """
         normed = self.ln_1(queries, embedding)

@@ -14,8 +14,8 @@ class GRPOConfig(TrainerConfig):
     """Policy gradient with groups of samples (Flow-GRPO, arXiv 2505.05470; DanceGRPO, 2505.07818; DDPO, 2305.13301).
 
     A group is several images of one prompt. Sampling is stochastic, so each sampling step has a known probability.
-    Training makes steps more likely that led to images with a higher reward than the mean of their group. Only the
-    values of rewards are used, so rewards need no gradient.
+    Training makes steps more likely if their image has a higher reward than the mean of its group. Only the values of
+    rewards are used, so rewards need no gradient.
     """
 
     target: ClassVar[str] = "longalign_grpo.trainer:GRPOTrainer"

@@ -24,7 +24,7 @@ def group_advantages(scores: Tensor, group_size: int, limit: float) -> Tensor:
 
 
 def step_log_prob(after: Tensor, mean: Tensor, std: float) -> Tensor:
-    """Returns the log-density ``(b,)`` of latents under a normal distribution, averaged over the latent's elements.
+    """Returns the log-density ``(b,)`` of latents under a normal distribution, averaged over the elements of a latent.
 
     With the average instead of the sum, probability ratios do not depend on the resolution.
 

@@ -20,7 +20,7 @@ from longalign_grpo.trajectories import Trajectories
 
 
 class GRPOTrainer(DiffusionTrainer):
-    """Makes sampling steps more likely that led to images with an above-average reward for their prompt.
+    """Makes sampling steps more likely if they led to an image with an above-average reward for its prompt.
 
     The latent after a sampling step is normally distributed with mean ``a x + b o`` and a known standard deviation.
     Here ``o`` is the guided prediction at the latent ``x``; a and b are constants of the step. A training step samples
@@ -92,8 +92,8 @@ class GRPOTrainer(DiffusionTrainer):
         """
         if config.updates > 1 and runtime.world_size > 1:
             raise ValueError(
-                f"trainer.updates is {config.updates}, but a checkpoint keeps the rollout of one process, and there "
-                f"are {runtime.world_size}; set trainer.updates to 1"
+                f"trainer.updates is {config.updates}, but a checkpoint stores the samples of one process, and there "
+                f"are {runtime.world_size} processes; set trainer.updates to 1"
             )
         if config.kl_weight and config.lora is None:
             backbone.keep_reference_model()
@@ -108,14 +108,16 @@ class GRPOTrainer(DiffusionTrainer):
         return self
 
     def step(self, batch: Mapping[str, Any], backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Samples images, unless the last ones are used again, and calls ``backward`` for each trained sampling step.
+        """Samples images, unless stored samples are left, and calls ``backward`` for each trained sampling step.
+
+        Samples stay stored for ``updates`` calls of this method.
 
         Args:
-            batch: ``{"prompt": list[str]}``; not used if the last samples are used again.
+            batch: ``{"prompt": list[str]}``; not used if stored samples are left.
             backward: computes the gradient of a scalar.
 
         Returns:
-            Tensors ``()``: ``policy_loss``; ``kl_loss`` with a KL divergence; ``clip_fraction``, the fraction of
+            Tensors ``()``: ``policy_loss``; ``kl_loss`` if ``kl_weight`` is not 0; ``clip_fraction``, the fraction of
             probability ratios outside the clipping range. For new samples also the mean ``reward``, its named
             components, and ``group_std``, the standard deviation of the reward within a group, averaged over groups.
         """
@@ -194,7 +196,7 @@ class GRPOTrainer(DiffusionTrainer):
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
         """Encodes the prompts, and repeats each row for the images of its group.
 
-        With guidance, one more row at the end is that of the empty prompt.
+        If guidance is enabled, the last row is that of the empty prompt.
         """
         guided = self.guidance != 1
         encoded = self.encode([*prompts, ""] if guided else prompts)
@@ -224,6 +226,6 @@ class GRPOTrainer(DiffusionTrainer):
         return self.solver.step(step, latents, predict[step](latents, timesteps).to(latents.dtype))[0]
 
     def chunks(self, count: int) -> list[slice]:
-        """Returns slices of ``count`` images, one for each call of the denoiser or decoder."""
+        """Splits ``count`` images into slices of at most ``denoise_batch``, one per call of denoiser or decoder."""
         size = self.denoise_batch or count
         return [slice(i, min(i + size, count)) for i in range(0, count, size)]

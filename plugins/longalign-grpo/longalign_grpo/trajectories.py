@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 class Trajectories(nn.Module):
-    """Latents of the last samples at all sampling steps, which are still needed for optimizer steps.
+    """Stores the last samples, with their latents at all sampling steps, for several optimizer steps.
 
-    They are buffers, which are saved in checkpoints: a run that is resumed between two optimizer steps uses them again.
+    The attributes are buffers, which are saved in checkpoints, so a resumed run uses the same samples.
 
     Attributes:
         latents: ``(num_steps + 1, n, c, h, w)`` latents of n images before each sampling step, then the final ones.
         advantages: ``(n,)`` advantages of the images; see `longalign_grpo.policy.group_advantages`.
         steps: ``(k,)`` int64 indices of the trained sampling steps.
-        log_probs: ``(k, n)`` log-probabilities of these steps when they were sampled; NaN before the first optimizer
-            step.
+        log_probs: ``(k, n)`` log-probabilities of these steps under the model that sampled them; NaN before the first
+            optimizer step with these samples.
         texts: uint8, the prompts as JSON in UTF-8.
         num_updates: int64 ``()``, number of optimizer steps with these samples so far.
     """
@@ -33,7 +33,7 @@ class Trajectories(nn.Module):
     num_updates: Tensor
 
     def store(self, prompts: Sequence[str], latents: Tensor, advantages: Tensor, steps: Tensor) -> None:
-        """Replaces the stored samples; ``prompts`` has one prompt per group, the other arguments are the attributes."""
+        """Replaces the stored samples; ``prompts`` has one prompt per group. For the others see the attributes."""
         tensors = {
             "latents": latents,
             "advantages": advantages,

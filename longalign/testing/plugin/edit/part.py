@@ -32,6 +32,6 @@ class MyPart(Edit):
     def forward(
         self, text: Tensor, prompts: Sequence[str], reward: EmbeddingReward, direction: Tensor | None
     ) -> EditedText:
-        """Edits text embeddings ``(b, d)``; the image's score with the phrase is logged as ``phrase``."""
+        """Edits text embeddings ``(b, d)``; the score of the image for the phrase is logged as ``phrase``."""
         phrase = reward.text_features([self.phrase])
         return EditedText(text - self.weight * phrase, {"phrase": phrase})

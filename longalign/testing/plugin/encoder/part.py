@@ -17,11 +17,11 @@ ROWS = 4096
 
 
 class MyPart(Encoder):
-    """Encodes prompts as states ``(b, n, width)``: one row of a frozen table per word, padded with its last row.
+    """Encodes prompts as states ``(b, n, width)``: one table row per word, then the table's last row as padding.
 
     Args:
         width: width of the states.
-        min_states: shorter prompts are padded to this number of states.
+        min_states: minimum number n of states; all prompts of a batch are padded to the longest.
     """
 
     def __init__(self, *, width: int, min_states: int):

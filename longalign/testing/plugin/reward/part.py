@@ -12,7 +12,7 @@ from longalign.runtime import Runtime
 
 
 class MyPart(Reward):
-    """Scores an image by the negative squared difference of its mean pixel value from a target.
+    """Scores an image by the negative squared difference between its mean pixel value and a target.
 
     Args:
         brightness: the target, in [0, 1].
