@@ -35,9 +35,7 @@ def make_scheduler(name: str, levels: NoiseLevels, prediction: str, num_steps: i
     check_prediction(prediction)
     length = len(levels)
     if not 1 <= num_steps <= length:
-        raise ValueError(
-            f"num_steps must be between 1 and {length}, the model's timesteps, got {num_steps}"
-        )
+        raise ValueError(f"num_steps must be between 1 and {length}, the model's timesteps, got {num_steps}")
     if prediction == "flow":
         return _flow_scheduler(name, levels, num_steps)
     return _diffusion_scheduler(name, levels, prediction, num_steps)

@@ -129,7 +129,7 @@ def test_batches_have_one_bucket_and_every_item_once_an_epoch():
     assert set(counts) == set(range(7)) and all(14 <= count <= 17 for count in counts.values())
     parts = [iter(Batches(8, 2, seed=3, start=5, rank=r, world_size=2, buckets=buckets)) for r in range(2)]
     assert [[i for part in parts for i in next(part)] for _ in range(9)] == batches[5:14]
-    with pytest.raises(ValueError, match="none of the .* images"):
+    with pytest.raises(ValueError, match=r"none of the .* images"):
         Batches(1, 1, 0, buckets=[-1])
 
 

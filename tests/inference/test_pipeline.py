@@ -183,7 +183,7 @@ def test_sample_invalid_settings_raise():
         sample_images(backbone, ["0.1", "0.2"], seeds=[0])
     with pytest.raises(ValueError, match=r"num_steps.* 1 .*1000.* 0$"):
         sample_images(backbone, ["0.1"], num_steps=0)
-    with pytest.raises(ValueError, match=r"negative prompt.* 1 for 2 prompts"):
+    with pytest.raises(ValueError, match=r"negative prompt.* 1 .*for 2 prompts"):
         sample_images(backbone, ["0.1", "0.2"], negative=["0"], guidance=2)
     with pytest.raises(ValueError, match=r"negative prompt.*guidance 1;"):
         sample_images(backbone, ["0.1"], negative="0.5")
