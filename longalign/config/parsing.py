@@ -215,8 +215,9 @@ def _load_json_file(text: str, path: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=reject_duplicates)
     except RecursionError:
-        message = f"{path} is nested too deeply; expected at most {MAX_DEPTH} levels of lists and mappings"
-        raise ConfigError([("", message)]) from None
+        raise ConfigError(
+            [("", f"{path} is nested too deeply; expected at most {MAX_DEPTH} levels of lists and mappings")]
+        ) from None
     except ValueError as error:
         raise ConfigError([("", f"{path}: {_number_problem(error)}")]) from error
 
