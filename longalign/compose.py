@@ -49,7 +49,7 @@ class Composition:
 
     @property
     def runtime(self) -> Runtime:
-        """Device, dtype and processes of the parts."""
+        """Device, dtype and processes that the parts are built for."""
         return self._runtime
 
     @property
@@ -64,7 +64,7 @@ class Composition:
     def encoder(self) -> Encoder:
         """The prompt encoder, with the adapter weights of the checkpoint ``init_from`` if that key is set.
 
-        With ``cache.prompts``, the encoder reads cached text states, and the text models are not loaded.
+        With ``cache.prompts``, the encoder reads the encoded prompts from the cache, and no text model is loaded.
 
         Raises `ConfigError` if the config has no encoder.
         """
@@ -72,7 +72,7 @@ class Composition:
 
     @property
     def rewards(self) -> list[Reward]:
-        """The rewards, in the order of the config; empty if the config has none. Plain functions become `Reward`."""
+        """The rewards, in the order of the config; empty if it has none. A plain function is wrapped in a `Reward`."""
         if "rewards" not in self._built:
             from longalign.rewards.base import as_reward
 
@@ -86,7 +86,7 @@ class Composition:
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer, built from those of backbone, encoder and rewards that it uses.
+        """The trainer. Access also builds the parts that it uses, of backbone, encoder and rewards.
 
         Raises `ConfigError` if the config has no trainer.
         """
@@ -98,7 +98,9 @@ class Composition:
 
     @property
     def data(self) -> Data | Stream:
-        """The training data: prompts, and images or pairs of images. Cached latents replace images.
+        """The training data: prompts, and images or pairs of images if the data has any.
+
+        If the config caches latents (``cache.latents``), the data has these latents instead of images.
 
         Raises `ConfigError` if the config has no data.
         """
@@ -152,8 +154,8 @@ def build_from_config(
     """Validates a config and returns the `Composition` of its parts. Weights are loaded when a part is first accessed.
 
     Args:
-        config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `longalign.load_config`. Of a
-            checkpoint, only the config is used, not the weights.
+        config: a mapping, a YAML or JSON file, a checkpoint, or a `RunConfig`; see `longalign.load_config`. Only the
+            config of a checkpoint is used, not its weights.
         runtime: device, dtype and processes. If None, the fastest device of this machine, the dtype of
             ``loop.precision``, and one process.
 

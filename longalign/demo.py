@@ -45,10 +45,10 @@ MARKER = ".longalign-demo"
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Results of `run_demo`, whose docstring lists the models.
+    """Results of `run_demo`.
 
     Attributes:
-        table: metrics of each model.
+        table: metrics of each model that `run_demo` lists.
         report: path of the HTML report.
         seconds: name of a step, such as ``"align: training"``, or ``"total"`` -> duration in seconds.
     """
@@ -80,19 +80,19 @@ def run_demo(
 
     - ``truncated``: the bundled diffusion model, with captions truncated at CLIP's window, as in Stable Diffusion;
     - ``segments``: the same weights, with the encoder of the stage ``align``, which encodes captions in segments;
-    - ``align``: fine-tuned on long captions with that encoder;
-    - ``align+reward, omega 1``: then fine-tuned on the original score of a preference model;
-    - ``align+reward, omega <w>``: instead fine-tuned with weight ``w`` of the text-irrelevant part of the score, which
-      is 1 in the original score (LongAlign, arXiv 2410.11817, section 4).
+    - ``align``: the model ``segments``, fine-tuned on long captions;
+    - ``align+reward, omega 1``: the model ``align``, fine-tuned further on the original score of a preference model;
+    - ``align+reward, omega <w>``: the model ``align``, fine-tuned further on the score whose text-irrelevant part has
+      weight ``w`` instead of 1 (LongAlign, arXiv 2410.11817, section 4).
 
     Args:
         output: folder for the runs, ``report.html``, ``table.json``, ``table.md``, and the images in
             ``images/<model>``; an earlier demo is replaced.
         align: config of the stage ``align``; the bundled config if None. The data must be ``scenes``.
         reward: config of the stage ``reward``; the bundled config if None. The first reward is also a metric, with
-            its original score. The stage is trained twice if that reward has an ``omega`` other than 1.
+            its original score. If its ``omega`` is missing or 1, a single model ``align+reward`` replaces the last two.
         prompts: number of held-out captions, at least 2.
-        num_steps: number of sampling steps; the guidance scale is that of the stage ``reward``.
+        num_steps: number of sampling steps. The guidance scale is that of the trainer of the stage ``reward``, or 7.5.
         batch_size: number of images sampled at a time.
         examples: number of captions that the report shows with images, starting with the first; all if None.
         device: a torch device, e.g. ``"cuda:1"``; the fastest available one if None.
@@ -169,10 +169,11 @@ def run_demo(
 
 
 def reward_runs(reward: RunConfig, output: Path) -> dict[str, RunConfig]:
-    """Returns the configs of the runs of the stage ``reward``: name of the model -> config.
+    """Returns the configs of the runs of the stage ``reward``: name of the trained model -> config.
 
-    There are two runs: one with omega 1 (the original score of the first reward), and one with the omega of the config.
-    If the first reward has no ``omega``, or omega 1, there is only one run, ``align+reward``.
+    There are two runs, ``align+reward, omega 1`` (the original score of the first reward) and ``align+reward, omega
+    <w>``, where w is the omega in the config. If the first reward has no ``omega``, or omega 1, there is only one run,
+    ``align+reward``.
 
     Args:
         reward: config of the stage.
@@ -190,7 +191,7 @@ def reward_runs(reward: RunConfig, output: Path) -> dict[str, RunConfig]:
 def held_out_captions(configs: Sequence[RunConfig], count: int) -> list[Caption]:
     """Returns ``count`` captions of synthetic scenes that none of the configs trains on.
 
-    The scenes are distributed as in the data of the first config.
+    The scenes have the settings of the data of the first config, with a different seed.
 
     Raises:
         ValueError: if the data of a config is not ``scenes``.
@@ -250,11 +251,11 @@ def _save_images(
 
 
 def prepare_output_dir(output: Path, runs: Sequence[Path]) -> None:
-    """Creates the output folder of the demo, and removes the folders ``runs`` of an earlier demo but no other files.
+    """Creates the output folder of the demo, or clears that of an earlier demo.
 
     Args:
         output: the output folder.
-        runs: folders of runs and images, with or without an earlier demo in them.
+        runs: folders of runs and images, which are deleted if they exist. No other files are deleted.
 
     Raises:
         ValueError: if ``output`` is neither empty nor the output of an earlier demo.

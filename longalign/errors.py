@@ -60,13 +60,13 @@ class RunError(ValueError):
 
 
 class PartError(ValueError):
-    """Raised for a part, such as an encoder or reward, that is unknown, fails to import or is registered twice."""
+    """Raised for a part, e.g. an encoder, that is unknown, invalid, registered twice, or fails to import or build."""
 
 
 def nested(problems: list[ConfigProblem]) -> PydanticCustomError:
-    """Returns an error that a pydantic validator can raise, which contains ``(path, message)`` problems.
+    """Returns an error that contains ``(path, message)`` problems, to be raised in a pydantic validator.
 
-    Paths are relative to the validated value. `flatten` recovers the problems with paths from the root of the config.
+    The paths start at the validated value. `flatten` later extracts the problems, with paths from the config's root.
     """
     return PydanticCustomError(
         "longalign_problems", "{text}", {"problems": problems, "text": str(ConfigError(problems))}
@@ -104,9 +104,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """Returns ``; did you mean '...'?`` with the most similar of the ``known`` words, or an empty string.
+    """Returns the text ``; did you mean '...'?`` with the known word that is most similar to ``word``.
 
-    The string is empty if the similarity, `difflib.SequenceMatcher.ratio`, is below 0.5 for all of them.
+    If no known word has a similarity (`difflib.SequenceMatcher.ratio`) of at least 0.5, returns an empty string.
     """
     matches = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
@@ -139,14 +139,14 @@ def full_message(error: BaseException) -> str:
 def check_size(value: Any) -> None:
     """Raises `ConfigError` if a value contains itself, has over `MAX_DEPTH` levels or over `MAX_VALUES` values.
 
-    Levels are those of nested lists and mappings. A value that is used several times counts once per use: with YAML
-    anchors, a short text can expand to a value larger than memory.
+    A level is a list or mapping inside another. A value that is used several times counts once per use, because with
+    YAML anchors, a short text can expand to a value larger than memory.
     """
     sizes: dict[int, tuple[int, int]] = {}
     too_deep = f"expected at most {MAX_DEPTH} levels of nested lists and mappings, got more; flatten the config"
 
     def measure(node: Any, level: int) -> tuple[int, int]:
-        """Returns the numbers of values and of levels in ``node``, which is at ``level``, counted from 1."""
+        """Returns the number of values in ``node``, and its number of levels. ``level`` is that of ``node``, from 1."""
         if not isinstance(node, (Mapping, list, tuple, set, frozenset)):
             return 1, 0
         if id(node) not in sizes:

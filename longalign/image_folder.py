@@ -35,7 +35,7 @@ def read_captions(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
     Raises:
         ValueError: if both ``metadata.jsonl`` and ``metadata.csv`` exist, or a file cannot be read.
-        FileNotFoundError: if no captions exist.
+        FileNotFoundError: if the folder does not exist or contains no captions.
     """
     lines, table = folder / INDEX, folder / "metadata.csv"
     if lines.exists() and table.exists():
@@ -101,11 +101,11 @@ def new_index(folder: Path | str, overwrite: bool = False) -> Path:
 
     Args:
         folder: the output folder.
-        overwrite: whether the file may already list images, which the caller replaces.
+        overwrite: whether the file may already list images; the caller then has to replace them.
 
     Raises:
-        ValueError: if the file lists images and ``overwrite`` is False, if it lists images in an unreadable form, or if
-            the path of the folder is a file.
+        ValueError: if the file lists images and ``overwrite`` is False, if ``overwrite`` is True and a line of the file
+            is invalid, or if ``folder`` is a file.
     """
     check_folder(Path(folder))
     path = Path(folder) / INDEX
@@ -123,7 +123,7 @@ def new_index(folder: Path | str, overwrite: bool = False) -> Path:
 
 
 def remove_listed(index: Path) -> None:
-    """Removes a file ``metadata.jsonl``, if it exists, and the images that it lists in the same folder."""
+    """Removes the file ``index`` (a ``metadata.jsonl``) and the images in its folder that it lists, if it exists."""
     if not index.exists():
         return
     for _, row in read_jsonl(index):
@@ -171,7 +171,8 @@ def append_images(
         folder: an existing folder.
         rows: an `image_row` for each image.
         images: an image ``(3, h, w)`` in [0, 1] for each row.
-        metadata: keyword -> text for the PNG metadata of all images, besides prompt, seed and so on of the row.
+        metadata: keyword -> text for the PNG metadata of every image. Prompt, negative prompt, seed and truncated text
+            of the image's row are added to it.
     """
     from longalign.image_io import write_png
 
@@ -206,7 +207,8 @@ def write_images(
         negative: negative prompt, which is only recorded in the metadata; None for none.
         config: config of the generating model, a `RunConfig` or a mapping; only recorded in the metadata.
         settings: sampling settings as JSON values; only recorded in the metadata.
-        truncated: text dropped from each prompt by truncation; an empty sequence if unknown.
+        truncated: for each prompt, the text dropped by truncation (``""``: nothing, None: unknown). An empty sequence
+            means unknown for all prompts.
         batch_size: number of images sampled at a time.
         progress: whether to show a progress bar.
         overwrite: whether to replace the images that ``metadata.jsonl`` lists. The old images are removed after the

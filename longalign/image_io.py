@@ -55,13 +55,13 @@ def _opened(source: Path | str | bytes) -> Iterator[Image.Image]:
     except (OSError, ValueError):
         raise
     except Exception as error:  # on damaged files Pillow raises struct.error, TypeError, KeyError and many more
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        raise ValueError(f"the file is damaged ({type(error).__name__}: {error}); replace it") from error
 
 
 def read_size(source: Path | str | bytes) -> Size:
     """Returns height and width in pixels of the image that `decode` would return, from the header of the file.
 
-    Raises the errors of `decode`, except those of damaged or out-of-range pixels.
+    Raises the errors of `decode`, except for damaged or out-of-range pixels, which are not read.
     """
     with _opened(source) as image:
         # Pillow would decode all pixels to look for EXIF data at the end of a PNG
@@ -97,9 +97,9 @@ def _formats() -> list[str]:
 
 
 def check_regular(path: Path | str) -> None:
-    """Raises FileNotFoundError if a path does not exist, and ValueError if it is a folder, pipe or device.
+    """Raises FileNotFoundError if a path does not exist, and ValueError if it is a folder, pipe, device or socket.
 
-    Reading a pipe would block.
+    Called before a file is opened, because reading a pipe can block forever.
     """
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -144,7 +144,7 @@ def load_image(path: Path | str) -> Tensor:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        raise ValueError(f"{path} cannot be read as an image; replace or convert it: {error}") from error
 
 
 class ImageFiles(Sequence[Tensor]):

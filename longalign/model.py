@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Images(list["Image"]):
-    """A list of PIL images. The attribute ``images``, as of a diffusers pipeline's output, is the list itself."""
+    """A list of PIL images. Its attribute ``images`` is the list itself, for code that uses diffusers pipelines."""
 
     @property
     def images(self) -> Images:
@@ -36,17 +36,17 @@ def _resolve_alias(**aliases: Any) -> Any:
     """Returns the keyword argument that is not None; None if all are. Raises ValueError if several are not None."""
     values = {name: value for name, value in aliases.items() if value is not None}
     if len(values) > 1:
-        raise ValueError(f"{' and '.join(aliases)} are the same setting; pass one of them")
+        raise ValueError(f"{' and '.join(aliases)} are names of the same setting, got both; pass one of them")
     return next(iter(values.values()), None)
 
 
 class Model:
     """A text-to-image model for sampling: a diffusion backbone and a prompt encoder. All weights are frozen.
 
-    Use `from_pretrained` for a trained model, and `from_config` for the base model of a config.
+    Use `from_pretrained` for a trained model, and `from_config` for the untrained model of a config.
 
     Args:
-        config: config of the run that trained the model, or of the base model.
+        config: config of the run that trained the model, or the config from which the untrained model was built.
         backbone: denoiser and autoencoder, in eval mode.
         encoder: prompt encoder, in eval mode.
         checkpoint: path of the checkpoint's ``.safetensors`` file; None for a model built from a config.
@@ -73,7 +73,7 @@ class Model:
                 Hub.
             revision: branch, tag or commit on the Hub; the main branch if None. Ignored for a local checkpoint.
             device: a torch device, e.g. ``"cuda:1"``; the fastest available one if None.
-            dtype: "float32", "bfloat16" or "float16"; the precision of training if None.
+            dtype: "float32", "bfloat16" or "float16"; if None, the dtypes of the training run.
 
         Raises:
             FileNotFoundError: if the checkpoint does not exist.
@@ -98,8 +98,8 @@ class Model:
                 ``loop.precision`` sets the dtype, and ``backbone.dtype`` that of the denoiser.
 
         Raises:
-            ConfigError: if the config is invalid, lacks a backbone or an encoder, or names files that do not exist or
-                do not match; lists all problems.
+            ConfigError: if the config is invalid or lacks a backbone or an encoder, or if its files do not exist or do
+                not fit together; lists all problems.
             ValueError: if the device is not available.
         """
         config = load_config(config)
@@ -190,17 +190,17 @@ class Model:
         return Images(to_pil(image) for image in images)
 
     def to_pipeline(self, **components: Any) -> Any:
-        """Returns the diffusers pipeline of the base model, with the denoiser object of this model.
+        """Returns the diffusers pipeline of the base model, with this model's denoiser (the same object, no copy).
 
-        The pipeline keeps its own text encoders. Call the pipeline with the keyword arguments that
-        `longalign.condition` returns for this model's ``encoder``, instead of a prompt.
+        The text encoders are those of the base model. To use this model's ``encoder``, call the pipeline with the
+        keyword arguments that `longalign.condition` returns for it, instead of a prompt.
 
         Args:
             **components: passed to ``DiffusionPipeline.from_pretrained``, e.g. ``text_encoder=None`` to load no text
                 encoder.
 
         Raises:
-            ValueError: if the base model has no pipeline because it is a single file, or was built in code.
+            ValueError: if the base model is a single file or was built in code, and therefore has no pipeline.
         """
         denoiser = self.backbone.denoiser
         components = {denoiser_folder(self.config): denoiser, **components}
@@ -220,8 +220,8 @@ class Model:
             The files and folders written; see `longalign.checkpoints.publish.export`.
 
         Raises:
-            ValueError: if the model was built from a config, ``folder`` contains an export, or ``metrics`` is not such
-                a file or was measured on other models.
+            ValueError: if the model was built from a config, ``folder`` contains an export, or ``metrics`` was not
+                written by ``longalign eval --json`` or does not contain this model.
         """
         if self.checkpoint is None:
             raise ValueError(

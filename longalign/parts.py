@@ -50,8 +50,9 @@ def _strict(schema: Any) -> Any:
 class Section(BaseModel):
     """Base class of all config classes: a frozen pydantic model with strict validation.
 
-    A string is not converted to an integer, nor a boolean to a number. Errors are unknown keys, infinities, NaN, and
-    integers above the bound of the field, by default ``2**63 - 1``. The docstring below a field describes the key.
+    Strings are not converted to integers, and booleans are not converted to numbers. Unknown keys, infinities, NaN, and
+    integers above the bound of the field (by default ``2**63 - 1``) are errors. The docstring below a field describes
+    the key.
     """
 
     model_config = ConfigDict(
@@ -64,7 +65,7 @@ class Section(BaseModel):
 
 
 class PartConfig(Section):
-    """Base class of the configs of parts: the components of a run, such as encoders and rewards, selected by name."""
+    """Base class of the configs of parts. A part is a component of a run, such as an encoder, selected by its name."""
 
     #: ``module:class`` of the part, imported when the part is built; not used if a subclass overrides `build`
     target: ClassVar[str] = ""
@@ -72,25 +73,25 @@ class PartConfig(Section):
     name: str
 
     def build(self, runtime: Runtime, **parts: Any) -> Any:
-        """Builds and returns the part: ``from_config(config, runtime, **parts)`` of `target`, which loads the weights.
+        """Builds and returns the part: calls ``from_config(config, runtime, **parts)`` of the class `target`.
 
         Args:
             runtime: device, dtype and processes that the part is built for.
-            parts: the built parts named by `built_from`; none except for trainers.
+            parts: built parts that this part uses, by the names in `built_from`; only trainers use any.
         """
         module, _, name = type(self).target.partition(":")
         return getattr(import_module(module), name).from_config(self, runtime, **parts)
 
     @classmethod
     def built_from(cls) -> tuple[str, ...]:
-        """Returns the keyword arguments of `build` that are built parts, e.g. ``("backbone", "encoder")``.
+        """Returns the names of the built parts that `build` takes, e.g. ``("backbone", "encoder")``.
 
         Empty for all kinds of parts except trainers.
         """
         return ()
 
     def check_run(self, run: Any) -> list[ConfigProblem]:
-        """Checks what this part needs from the rest of the run, before any part is loaded.
+        """Checks whether the rest of the run's config fits this part, before any part is loaded.
 
         Override it in a subclass; the default returns no problems.
 
@@ -146,17 +147,17 @@ def check_config_class(name: str, model: type[PartConfig], base: type[PartConfig
         base: base class of the config classes of this kind of part.
 
     Raises:
-        PartError: if ``model`` is not derived from ``base``, has no valid ``target`` or `build`, is not frozen, accepts
-            unknown keys, or declares a different name.
+        PartError: if ``model`` is not derived from ``base``, is not frozen, accepts unknown keys, has a different
+            ``name``, has no valid ``target`` and does not override `build`, or has a `build` with wrong arguments.
     """
     if not issubclass(model, base):
-        raise PartError(f"{model.__name__} must derive from {base.__module__}.{base.__name__}")
+        raise PartError(f"the config class {model.__name__} must be derived from {base.__module__}.{base.__name__}")
     if model.build is PartConfig.build and not TARGET.fullmatch(model.target):
-        raise PartError(f"{model.__name__} needs target = 'module:class' of its part, got {model.target!r}")
+        raise PartError(f"{model.__name__} needs target = 'module:class' of its part, got {model.target!r}; set it")
     parts = model.built_from()
     if problem := call_problem(model.build, "self", "runtime", **dict.fromkeys(parts)):
         expected = ", ".join(("self", "runtime", *(("*", *parts) if parts else ())))
-        raise PartError(f"{model.__name__}.build must take ({expected}): {problem}")
+        raise PartError(f"{model.__name__}.build must take ({expected}): {problem}; change its arguments")
     if not model.model_config.get("frozen") or model.model_config.get("extra") != "forbid":
         raise PartError(
             f"{model.__name__} must have frozen=True and extra='forbid' in model_config, like PartConfig; remove the "

@@ -93,10 +93,10 @@ class Registry:
     Args:
         kind: plural name of the kind, e.g. ``"encoders"``; entry points are read from the group ``longalign_<kind>``.
         config: base class of the config classes of this kind, as ``module:class``.
-        bases: base classes, as ``module:class``, of which a built part must be an instance of one; empty to accept any
-            object.
-        function: names of the arguments with which a plain function is called if it is a part of this kind; empty to
-            accept no functions.
+        bases: classes, as ``module:class``; a built part must be an instance of one of them. Empty: any object is
+            accepted.
+        function: argument names of a plain function that is a part of this kind, e.g. ``("images", "prompts")``; empty
+            if a plain function cannot be a part of this kind.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Registry:
         return infos[0]
 
     def get(self, name: str) -> type[PartConfig]:
-        """Returns the config class of a part. Imports only this part's config.
+        """Returns the config class of a part. Of all parts, only the module of this config class is imported.
 
         Raises:
             PartError: if the name is unknown or registered twice, or its plugin fails to import, is invalid, or
@@ -188,7 +188,7 @@ class Registry:
 
     def _as_config(self, name: str, target: Any) -> type[PartConfig]:
         if not KEBAB.fullmatch(name):
-            raise PartError(f"the name {name!r} is invalid; expected kebab case, e.g. 'clip-segment'")
+            raise PartError(f"the name {name!r} is invalid; expected kebab case, e.g. 'clip-segment'; rename the part")
         module, _, attribute = self._config.partition(":")
         base = getattr(import_module(module), attribute)
         if isinstance(target, type) and issubclass(target, PartConfig):
@@ -196,9 +196,9 @@ class Registry:
             return target
         if isinstance(target, type) or not callable(target) or not self.function:
             function = f", or a function ({', '.join(self.function)})" if self.function else ""
-            raise PartError(f"a part must be a {attribute} class{function}, got {target!r}")
+            raise PartError(f"'{name}' must be a {attribute} class{function}, got {target!r}")
         if problem := call_problem(target, *self.function):
-            raise PartError(f"the function must take ({', '.join(self.function)}): {problem}")
+            raise PartError(f"'{name}' must take ({', '.join(self.function)}): {problem}; change its arguments")
         config = type(
             getattr(target, "__name__", type(target).__name__), (InCodeConfig, base), {"part": staticmethod(target)}
         )
@@ -210,12 +210,12 @@ class Registry:
     def register(self, name: str, part: Any = None) -> Any:
         """Registers a part in code, for notebooks and tests.
 
-        A class or function that is defined again, e.g. by re-running a notebook cell, replaces its earlier version.
+        A class or function that is defined and registered again, e.g. in a notebook cell, replaces its earlier version.
 
         Args:
             name: name of the part in kebab case, e.g. ``"my-reward"``.
-            part: a class derived from `PartConfig`, or a plain function that is the part itself (without config keys).
-                None returns a decorator.
+            part: the part's config class, or a plain function that is the part itself (without config keys). None
+                returns a decorator for either.
 
         Returns:
             ``part`` unchanged, or the decorator.
@@ -248,7 +248,7 @@ class Registry:
 
         Args:
             value: a mapping with ``name`` and the keys of the part, a name alone (all keys at their defaults), or a
-                config.
+                `PartConfig`, which is validated again.
 
         Raises:
             ConfigError: if the name is unknown, the part cannot be imported or a key is invalid; lists all problems.
@@ -271,7 +271,7 @@ class Registry:
             if config_class not in (None, model):
                 raise PartError(
                     f"part '{name}' of kind '{self.kind}' has the config class {model.__name__}, got "
-                    f"{config_class.__name__}"
+                    f"{config_class.__name__}; use {model.__name__}"
                 )
             return model.model_validate(dict(value))
         except ValidationError as error:
@@ -283,17 +283,17 @@ class Registry:
             raise ConfigError([("", text)]) from error
 
     def build(self, config: Any, runtime: Runtime | None = None, **parts: Any) -> Any:
-        """Builds one part of this kind, such as an encoder, and loads its weights.
+        """Builds and returns one part of this kind, such as an encoder, with its weights.
 
         Args:
-            config: a name, a config, or a mapping, e.g. ``{"name": "clip-segment", "checkpoint": "mini/clip"}``.
+            config: a name, a `PartConfig`, or a mapping, e.g. ``{"name": "clip-segment", "checkpoint": "mini/clip"}``.
             runtime: device, dtype and processes. If None, those of `Runtime.detect`, or the CPU for segmenters.
             parts: for a trainer, the built parts that it uses (``backbone``, ``encoder``, ``rewards``).
 
         Raises:
             ConfigError: if the config is invalid.
             PartError: if the result is not a part of this kind, or the code of a plugin fails.
-            ValueError: if ``parts`` contains one that the part to build does not use.
+            ValueError: if ``parts`` contains a part that the trainer does not use, or any part for another kind.
         """
         validated = self.validate(config)
         if runtime is None:
@@ -301,11 +301,11 @@ class Registry:
         return self.construct(validated, runtime, **parts)
 
     def construct(self, config: PartConfig, runtime: Runtime, **parts: Any) -> Any:
-        """Builds a part from a config that is already validated; see `build` for arguments and errors."""
+        """Builds and returns a part from a config that is already validated; see `build` for arguments and errors."""
         name = config.name
         origin = self.infos(name)[0].owner if name in self else f"{type(config).__module__}"
         for key in parts.keys() - {*config.built_from()}:
-            raise ValueError(f"'{name}' uses no {key}, got {shorten(parts[key])}; remove it")
+            raise ValueError(f"'{name}' uses no {key}, got {shorten(parts[key])}; remove this argument")
         try:
             part = config.build(runtime, **parts)
         except PLUGIN_BUGS as error:
@@ -317,7 +317,9 @@ class Registry:
         if self.function and callable(part):
             if problem := call_problem(part, *self.function):
                 expected = f"the function must take ({', '.join(self.function)})"
-                raise PartError(f"part '{name}' of kind '{self.kind}', from {origin}: {expected}: {problem}")
+                raise PartError(
+                    f"part '{name}' of kind '{self.kind}', from {origin}: {expected}: {problem}; change its arguments"
+                )
             return part
         if not self.bases:
             return part
@@ -353,7 +355,7 @@ def misnamed_entry_points() -> list[tuple[EntryPoint, str]]:
 
 @dataclass(frozen=True)
 class PartOf:
-    """Metadata of an annotation made by `Part`: ``kind`` of the part, e.g. ``"rewards"``, for the JSON schema."""
+    """Marks a field made by `Part`, so that the JSON schema contains the ``kind`` of the part, e.g. ``"rewards"``."""
 
     kind: str
 
@@ -362,7 +364,7 @@ class PartOf:
 
 
 def Part(kind: str) -> Any:  # noqa: N802
-    """Returns the annotation of a config field that holds the config of a part.
+    """Returns the type annotation of a config field that holds the config of a part.
 
     For example, the field ``inner: Part("rewards")`` accepts what `Registry.validate` of the rewards accepts. ``kind``
     is a key of `REGISTRIES`.

@@ -51,7 +51,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Trains and measures the variants of a config, and prints a table that compares them.
 
-    Returns 0, 1 if the training or measuring of a variant failed, or 130 after an interruption.
+    Returns 130 after an interruption, 1 if the training or measuring of a variant failed, else 0.
     """
     grid: dict[str, Any] = read_cells(args.cells) if args.cells else {"vary": parse_vary(args.vary)}
     result = ablate(

@@ -23,7 +23,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Computes the latents and text states that the run's cache lacks, in all processes that the launcher started."""
+    """Computes the latents and encoded prompts that are not in the run's cache yet, and prints the numbers of entries.
+
+    All processes of a launcher such as torchrun share the work.
+    """
     config = override(args.config, parse_assignments(args.overrides))
     if config.cache is None:
         raise ValueError("the config has no cache; add to it, for example, cache: {folder: runs/cache}")

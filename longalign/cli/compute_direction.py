@@ -35,8 +35,8 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> None:
     """Computes a unit vector in the embedding space of a reward, writes the vector to a file and prints a report.
 
-    From prompts, the vector is the normalized mean text embedding. From two folders of images, it is the normalized
-    mean difference of image embeddings: over-optimized minus reference model.
+    With ``--prompts``, the vector is the normalized mean of the text embeddings. With ``--images``, it is the
+    normalized mean difference of image embeddings: those of an over-optimized model minus those of its reference model.
     """
     (config,) = reward_configs([args.reward]).values()
     prompts = [p for p in read_prompts(args.prompts) if p] if args.prompts else ()

@@ -23,7 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Converts published weights to a checkpoint of longalign, and prints the path of the written file."""
+    """Converts LongAlign's published weights to a checkpoint of this library, and prints the path of the new file."""
     from longalign.checkpoints.convert import convert_longsd
 
     checkpoints = {key: value for key in ("backbone", "t5") if (value := getattr(args, key)) is not None}

@@ -25,7 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Runs `longalign.demo.run_demo`, which prints a table and the paths of report and images."""
+    """Runs `longalign.demo.run_demo`, which also prints a table of metrics and the paths of report and images."""
     align, reward = (load_config(path) if path else None for path in (args.align, args.reward))
     from longalign.demo import run_demo
 

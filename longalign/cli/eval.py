@@ -244,7 +244,7 @@ def _labels(source: str | None, texts: Sequence[str], required: bool) -> dict[st
 
     found = all_labels(read_prompt_set(source), texts)
     if required and not found:
-        raise ValueError(f"--prompts adds labels to images that exist, but {source} has none; remove it")
+        raise ValueError(f"--prompts adds labels to images that exist, but {source} has none; remove --prompts")
     return found
 
 

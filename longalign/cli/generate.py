@@ -66,10 +66,10 @@ def generate_images(
 
     Args:
         args: the options that `longalign.cli.options.add_sampling` declares, parsed.
-        option: type of ``source``: ``"checkpoint"``, ``"config"`` or ``"pipeline"``.
+        option: name of the option that gives ``source``: ``"checkpoint"``, ``"config"`` or ``"pipeline"``.
         source: a checkpoint, a config file, or the Hub id or folder of a diffusers pipeline.
         prompts: the prompts.
-        output: the folder.
+        output: folder for the images.
         overwrite: whether to replace the images that the folder's ``metadata.jsonl`` lists.
 
     Returns:
@@ -98,6 +98,6 @@ def generate_images(
 
 
 def check_size(args: Namespace, checkpoint: Path) -> None:
-    """Raises `ConfigError` if the backbone of a checkpoint file does not support ``--size``."""
+    """Raises `ConfigError` if the backbone of a checkpoint cannot sample images of the size given as ``--size``."""
     if args.size is not None and (problems := size_problems(load_config(checkpoint), {"--size": [args.size]})):
         raise ConfigError(problems)

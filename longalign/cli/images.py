@@ -28,9 +28,7 @@ def images_and_prompts(arguments: Sequence[str]) -> tuple[list[Path], list[str] 
             return [path for path, _, _ in rows], [prompt for _, prompt, _ in rows]
         paths = sorted(p for p in paths[0].iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not paths:
-            raise ValueError(
-                f"{arguments[0]} contains no images; expected files with the suffixes {', '.join(IMAGE_SUFFIXES)}"
-            )
+            raise ValueError(f"{arguments[0]} contains no images; give a folder of {', '.join(IMAGE_SUFFIXES)} files")
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"no image {path}; expected image files, or one folder of images")

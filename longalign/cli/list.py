@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Prints a table of the available parts (encoders, rewards and so on), and the errors of parts that fail to load.
 
-    Returns 1 with ``--check`` if there are such errors, otherwise 0.
+    Returns 1 if ``--check`` is given and a part fails to load, else 0.
     """
     table, problems = parts_table(args.kinds, args.check or args.verbose)
     print(table)

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command of ``longalign`` and returns the exit status of the process.
 
     The status is 0 for success, 1 if a check or a run within the command failed, 2 for an error that the user can fix,
-    and 128 plus the signal's number after a signal (130 after Ctrl-C). Other errors are raised.
+    and 128 plus the signal's number after a signal (130 after Ctrl-C). The message of an error with status 2 is
+    printed; other errors are raised.
 
     Args:
         argv: the arguments after ``longalign``; those of the process if None.
@@ -84,7 +85,7 @@ def _user_message(error: Exception, args: argparse.Namespace) -> str | None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Returns the parsed options of a command line; ``command`` is the name of the command.
+    """Returns the parsed options of a command line. Their attribute ``command`` is the name of the command.
 
     Exits the process for ``--help``, ``--version`` and invalid calls.
     """
@@ -102,7 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def command_module(name: str) -> ModuleType:
-    """Imports the module of a command, which has ``EXAMPLES``, ``add_options(parser)`` and ``run(args)``."""
+    """Imports and returns the module of a command, with ``EXAMPLES``, ``add_options(parser)`` and ``run(args)``."""
     return import_module(f"longalign.cli.{name.replace('-', '_')}")
 
 

@@ -15,7 +15,7 @@ from longalign.vlm.config import JudgeConfig
 
 
 def metric_configs(texts: Sequence[str], rewards: Sequence[str], *, or_judge: str | None = None) -> list[PartConfig]:
-    """Returns the validated configs of the metrics of ``--metric``, then one metric ``reward`` for each ``--reward``.
+    """Returns validated configs: of the metrics of ``--metric``, then of a metric named ``reward`` per ``--reward``.
 
     Args:
         texts: values of ``--metric``: names, configs in YAML or config files of metrics.
@@ -45,7 +45,11 @@ def judge_config(text: str) -> JudgeConfig:
 
 
 def build_metrics(configs: Sequence[PartConfig], device: str | None) -> list[Any]:
-    """Builds metrics from their configs, in eval mode. ``device`` is a torch device; the fastest available if None."""
+    """Returns metrics (`longalign.metrics.base.Metric`) built from their configs, in eval mode.
+
+    ``device`` is a torch device; the fastest available one if None. Raises ConfigError if files of a config do not
+    exist or are invalid.
+    """
     check_parts({f"metrics.{i}": config for i, config in enumerate(configs)})
     from longalign.metrics.base import as_metric
     from longalign.runtime import Runtime

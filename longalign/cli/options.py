@@ -84,10 +84,10 @@ def reject_sampling_options(args: Namespace, *extra_keys: str) -> None:
 
 
 def check_pipeline_options(args: Namespace, *options: str) -> None:
-    """Raises ValueError if an option of `add_sampling` is given that does not apply to the source of the images.
+    """Raises ValueError if an option of `add_sampling` is given that does not apply to the sources of the images.
 
-    ``options`` are the given sources, of ``"pipeline"`` (an unmodified diffusers pipeline), ``"checkpoint"``,
-    ``"config"`` and ``"images"``.
+    ``options`` are the names of the options that give the sources: ``"pipeline"`` (an unmodified diffusers pipeline),
+    ``"checkpoint"``, ``"config"`` or ``"images"``.
     """
     if "pipeline" in options:
         _reject_options(args, "guidance_interval", reason="does not apply to --pipeline")
@@ -115,9 +115,9 @@ def seeds_of(args: Namespace) -> Sequence[int]:
 
 
 def prompts_of(args: Namespace) -> list[str]:
-    """Returns the prompts given as ``--prompt TEXT``, or in the file or folder of ``--prompts``.
+    """Returns the prompts given as ``--prompt TEXT``, or those in the file or folder given as ``--prompts PATH``.
 
-    Raises ValueError if there are none or a prompt is invalid, and FileNotFoundError if the file does not exist.
+    Raises ValueError if there are no prompts or a prompt is invalid, and FileNotFoundError if the path does not exist.
     """
     if not args.prompt and not args.prompts:
         raise ValueError("no prompts to generate images from; give --prompt or --prompts")
@@ -141,7 +141,7 @@ def finite(text: str) -> float:
             return value
     except ValueError:
         pass
-    raise ArgumentTypeError(f"expected a number, got '{text}'")
+    raise ArgumentTypeError(f"expected a finite number, got '{text}'")
 
 
 def seed(text: str) -> int:

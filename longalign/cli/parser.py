@@ -14,11 +14,12 @@ REPORT_DELAY = 10
 
 
 def wait_for_first_process() -> None:
-    """Sleeps for `REPORT_DELAY` seconds in all processes of a launch except the first one on the machine.
+    """Called by a process that has failed, before it reports its error, so that an error of all is reported once.
 
-    Before the process group is initialized, all processes usually fail with the same error. The first one reports it,
-    and the launcher then terminates the others. A process that is still alive after the delay has failed with an error
-    of its own, which it reports too. After the initialization, and without a launcher, there is no delay.
+    Sleeps for `REPORT_DELAY` seconds in all processes that a launcher such as torchrun started, except the first one on
+    the machine. If all of them failed with the same error, the first one reports it, and the launcher terminates the
+    others during the delay. A process that is still alive afterwards failed with an error of its own, and reports it.
+    There is no delay without a launcher, or after torch's process group is initialized.
     """
     initialized = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
     if not initialized and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def option_names(self) -> list[str]:
-        """Names of all options, e.g. ``--device``."""
+        """Names of all options of the command, e.g. ``--device``."""
         return list(self._option_string_actions)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:

@@ -30,7 +30,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    """Writes the HTML page, and prints the number of prompts shown and the size of the file."""
+    """Writes an HTML page about runs, images and tables, and prints its number of prompts and its file size."""
     output = Path(args.output)
     if output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output expects an .html file, got '{output}'")

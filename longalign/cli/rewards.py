@@ -31,9 +31,14 @@ def reward_configs(texts: Sequence[str]) -> dict[str, PartConfig]:
 
 
 def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict[str, Any]:
-    """Builds rewards from their configs, in eval mode: display name -> `longalign.rewards.base.Reward`.
+    """Returns rewards built from their configs, in eval mode: display name -> `longalign.rewards.base.Reward`.
 
-    ``device`` is a torch device; the fastest available one if None.
+    Args:
+        configs: display name -> config, as returned by `reward_configs`.
+        device: a torch device; the fastest available one if None.
+
+    Raises:
+        ConfigError: if files of a config do not exist or are invalid.
     """
     check_parts(configs)
     from longalign.rewards.base import as_reward
@@ -45,9 +50,9 @@ def build_rewards(configs: Mapping[str, PartConfig], device: str | None) -> dict
 
 @contextmanager
 def offloaded_to_cpu(built: Iterable[Any], device: str | None) -> Iterator[None]:
-    """Context manager: moves rewards or metrics to the CPU, to free GPU memory, and back at the end.
+    """Context manager: moves rewards or metrics to the CPU, to free GPU memory, and at the end to ``device``.
 
-    ``device`` is the torch device to move them back to; the fastest available one if None.
+    ``device`` is a torch device; the fastest available one if None.
     """
     from longalign.runtime import Runtime
 

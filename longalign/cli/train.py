@@ -33,7 +33,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Trains from a config and prints the last checkpoint.
 
-    Returns 0, or 128 plus the signal's number after an interruption: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    Returns 0, or after an interruption, 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
     config = override(args.config, parse_assignments(args.overrides))
     resume = Path(args.resume_from) if args.resume_from else Path(config.output) if args.resume else None

@@ -17,7 +17,8 @@ from longalign.errors import ConfigError, ConfigProblem, shorten, suggestion
 def override(config: Mapping[str, Any] | str | Path | RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """Returns a validated copy of a config with changed values.
 
-    If a part (backbone, encoder, reward and so on) is set to a name, all its other keys get the defaults of that part.
+    A part (backbone, encoder, reward and so on) that is set to a name alone gets the defaults of that part for all its
+    keys.
 
     Args:
         config: a mapping, a file, a checkpoint or a `RunConfig`, as for `longalign.config.run.load_config`.
@@ -46,7 +47,7 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
     Values are parsed by `longalign.config.parsing.parse_value`.
 
     Raises:
-        ConfigError: if items are not ``path=value``, or repeat a path; lists all such items.
+        ConfigError: if an item is not ``path=value``, or two items have the same path; lists all such items.
     """
     out: dict[str, Any] = {}
     problems = []
@@ -64,10 +65,10 @@ def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
 
 
 def diff(a: RunConfig, b: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns the differences of two configs: dotted path -> ``(value in a, value in b)``, as plain values.
+    """Returns the differences of two configs: dotted path -> ``(value in a, value in b)``, as JSON values.
 
-    Parts with different names, and lists of different lengths, are reported as one difference each. `override` of
-    ``a`` with the values in ``b`` gives ``b``.
+    Two parts with different names are one difference, and so are two lists of different lengths. `override` of ``a``
+    with the second values gives ``b``.
     """
     return dict(_differences("", to_dict(a), to_dict(b)))
 
@@ -85,7 +86,7 @@ def _differences(path: str, a: Any, b: Any) -> list[tuple[str, tuple[Any, Any]]]
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yields ``(dotted path, value)`` for each value in nested mappings; a list is one value.
 
-    ``path`` is the dotted path of ``value`` itself, to which the yielded paths are appended.
+    Every yielded path starts with ``path``, the dotted path of ``value`` (empty for a whole config).
     """
     if isinstance(value, Mapping):
         for key, child in value.items():
@@ -95,7 +96,7 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a config object as a mapping of JSON values; any other value is returned unchanged."""
+    """Returns a config object as a mapping of JSON values, and any other value unchanged."""
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 

@@ -31,14 +31,14 @@ def check_files(
 ) -> None:
     """Checks that this machine has what a run needs.
 
-    Problems are missing or mismatched files, an encoder output of a width that the denoiser does not accept, image
-    sizes that the backbone cannot encode, missing packages, and an output folder that already contains checkpoints.
+    Problems are missing or invalid files, an encoder output of a width that the denoiser does not accept, image sizes
+    that the backbone cannot encode, missing packages, and an output folder that already contains checkpoints.
 
     Args:
-        config: the run.
-        training: whether to check the whole run; otherwise only backbone, encoder and ``init_from`` are checked.
+        config: config of the run.
+        training: whether to check the whole run; if False, only backbone, encoder, ``init_from`` and ``sizes``.
         resumed: whether the output folder may contain checkpoints.
-        cached: whether to skip the encoder's files if training reads encoded prompts from a cache (``cache.prompts``).
+        cached: whether the encoder's files may be missing if encoded prompts are read from a cache (``cache.prompts``).
         sizes: further image sizes in pixels that the backbone must be able to encode: name used in messages -> sizes,
             e.g. ``{"--size": [Size(512, 512)]}``.
 
@@ -87,7 +87,7 @@ def check_parts(parts: Mapping[str, Any]) -> None:
 def parts_problems(value: Any, path: str = "") -> list[ConfigProblem]:
     """Calls `PartConfig.check_files` of each config in ``value``; returns ``(dotted path, message)`` for each problem.
 
-    ``value`` and ``path`` are as for `parts_of`. An exception in `check_files` is a problem too.
+    ``value`` and ``path`` are as for `parts_of`. An exception in `check_files` becomes a problem too.
     """
     problems: list[ConfigProblem] = []
     for part_path, part in parts_of(value, path):
@@ -160,7 +160,7 @@ def size_problems(config: RunConfig, sizes: Mapping[str, Sequence[Size]]) -> lis
     """Returns ``(key, message)`` for each key with a size that the backbone cannot encode to latents.
 
     Args:
-        config: the run with the backbone. Without backbone, or if its files are not on this machine, nothing is
+        config: config of the run. If it has no backbone, or if the backbone's files are not on this machine, nothing is
             checked.
         sizes: key or option that sets the sizes -> sizes in pixels.
     """
@@ -177,7 +177,7 @@ def size_problems(config: RunConfig, sizes: Mapping[str, Sequence[Size]]) -> lis
 def output_problem(config: RunConfig) -> str | None:
     """Returns a message if the folder ``config.output`` already contains a checkpoint, else None.
 
-    The message lists the keys whose values differ from the config in the newest checkpoint.
+    The message lists the keys whose values in ``config`` differ from those in the newest checkpoint.
     """
     try:
         newest = checkpoint_file(Path(config.output))

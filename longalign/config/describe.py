@@ -40,8 +40,9 @@ def parts_table(kinds: Iterable[str] = (), targets: bool = False) -> tuple[str, 
         targets: whether to show the module and class of each part's config instead of the part's description.
 
     Returns:
-        ``(table, problems)``: a text with columns kind, name, owner (the package that provides the part), and
-        description or target (``module:class``); and a message for each part or package that cannot be loaded.
+        ``(table, problems)``. The table is a text with the columns kind, name, owner (the package that provides the
+        part), and description or target (``module:class``). The problems are messages, one for each part that cannot be
+        imported and each package whose entry points are invalid.
 
     Raises:
         PartError: if there is no such kind.
@@ -82,7 +83,7 @@ def describe_kind(kind: str) -> str:
 
 
 def describe(*words: str) -> str:
-    """Describes a kind of parts, a part or keys of a config as text, as ``longalign describe`` prints it.
+    """Returns the text that ``longalign describe`` prints about a kind of parts, a part, or keys of a config.
 
     Args:
         *words: a kind (``"encoders"``), the name of a part (``"t5"``), a kind and the name of a part, ``"run"`` for all
@@ -100,7 +101,9 @@ def describe(*words: str) -> str:
     if kind in REGISTRIES and len(details) < 2:
         return describe_part(kind, details[0]) if details else describe_kind(kind)
     if kind in REGISTRIES or (details and (topic == "run" or topic in sections or part_kinds)):
-        raise PartError(f"expected one word, or a kind and the name of one part, got {' '.join(words)}")
+        raise PartError(
+            f"expected one word, or a kind and the name of one part, e.g. encoders t5, got {' '.join(words)}"
+        )
     if topic == "run":
         return describe_model(RunConfig)
     if topic in sections:
@@ -129,7 +132,7 @@ def describe_schema(words: Sequence[str]) -> str:
 
 
 def describe_part(kind: str, name: str) -> str:
-    """Describes one part as text: package, docstring, and the type, default and description of each config key.
+    """Returns a text about one part: package, docstring, and the type, default and description of each config key.
 
     Args:
         kind: plural name of the kind, e.g. ``"encoders"``.
@@ -145,7 +148,7 @@ def describe_part(kind: str, name: str) -> str:
 
 
 def describe_model(model: type[BaseModel]) -> str:
-    """Describes a config class such as `longalign.config.run.RunConfig` as text: its docstring and its keys."""
+    """Returns a text about a config class such as `longalign.config.run.RunConfig`: its docstring and its keys."""
     return "\n".join([f"{summary(model)}\n", *_describe_keys(model)]).rstrip()
 
 

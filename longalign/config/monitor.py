@@ -112,9 +112,9 @@ class MonitorConfig(Section):
                 yield path, f"the monitor does not measure '{name}', only {known}; add its metric to monitor.metrics"
 
     def names(self) -> dict[str, str]:
-        """Returns the names of values in `keep_best` and `early_stop`: path in this section -> name.
+        """Returns the names of the measured values that `keep_best` and `early_stop` use.
 
-        For example, ``{"keep_best.metric": "facts"}``.
+        A mapping: dotted path of the key in this config -> name, e.g. ``{"keep_best.metric": "facts"}``.
         """
         out = {}
         for key in ("keep_best", "early_stop"):
@@ -125,14 +125,14 @@ class MonitorConfig(Section):
         return out
 
     def texts(self, runtime: Runtime) -> list[str]:
-        """Returns the prompts of the key `prompts` or `data`, at most `limit`.
+        """Returns the prompts that the key `prompts` or `data` defines, the first `limit` of them.
 
         Args:
             runtime: device, dtype and processes that the data is built for.
 
         Raises:
             FileNotFoundError: if ``prompts`` names a file that does not exist.
-            ValueError: if that file contains no prompts, or the data is a stream, which has no index.
+            ValueError: if that file contains no prompts, or ``data`` is a stream, whose items cannot be read by index.
         """
         if self.data is not None:
             source = data.construct(self.data, runtime)
@@ -146,7 +146,7 @@ class MonitorConfig(Section):
         return list(self.prompts or ())[: self.limit]
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 hash, in hexadecimal, of the keys on which the measured values depend.
+        """Returns the SHA-256 hash, in hexadecimal, of those keys of this config on which the measured values depend.
 
         Credentials in URLs are not part of the hash.
         """

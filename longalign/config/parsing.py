@@ -102,7 +102,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Returns the config in a file or checkpoint as a mapping, without validating its keys.
+    """Returns the config of a run in a file or checkpoint as a mapping, without validating its keys.
 
     Args:
         path: a ``.yaml``, ``.yml`` or ``.json`` file, or a checkpoint: a ``.safetensors`` file, its folder, or a run's
@@ -146,7 +146,7 @@ def _missing_config_message(path: Path) -> str:
 def parse_value(text: str) -> Any:
     """Parses a command-line value as YAML: a number, boolean, null, quoted text, list ``[..]`` or mapping ``{..}``.
 
-    Any other text, also invalid YAML, is returned unchanged.
+    Any other text, such as a date or invalid YAML, is returned unchanged.
     """
     try:
         value = _load_yaml(text)
@@ -160,8 +160,8 @@ def parse_value(text: str) -> Any:
 def parse_source(text: str) -> Any:
     """Parses a command-line value that can also be the path of a config file or checkpoint.
 
-    A text that ends in one of `SOURCE_SUFFIXES` is a path: the config in the file is returned as a mapping. Other text
-    is parsed by `parse_value`, but an invalid mapping ``{..}`` is an error.
+    If the text ends in one of `SOURCE_SUFFIXES`, the config in that file is returned as a mapping. Any other text is
+    parsed as by `parse_value`, except that an invalid mapping ``{..}`` is an error.
 
     Raises:
         ConfigError: if the file or a mapping ``{..}`` cannot be parsed.
@@ -177,7 +177,7 @@ def _load_yaml(text: str) -> Any:
         value = yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError(
-            f"the value is nested too deeply; expected at most {MAX_DEPTH} levels of lists and mappings"
+            f"the value is nested too deeply, expected at most {MAX_DEPTH} levels of lists and mappings; flatten it"
         ) from None
     except ConfigError:
         raise
@@ -215,7 +215,9 @@ def _load_json_file(text: str, path: Path) -> Any:
     try:
         return json.loads(text, object_pairs_hook=reject_duplicates)
     except RecursionError:
-        raise ConfigError([("", f"{path} is nested too deeply; expected the config of a run")]) from None
+        raise ConfigError(
+            [("", f"{path} is nested too deeply; expected at most {MAX_DEPTH} levels of lists and mappings")]
+        ) from None
     except ValueError as error:
         raise ConfigError([("", f"{path}: {_number_problem(error)}")]) from error
 

@@ -30,8 +30,8 @@ def _listed(value: Any) -> Any:
 class RunConfig(Section):
     """Config of one run.
 
-    Each part of the run (backbone, encoder, rewards, trainer, data) is a name, or a mapping with ``name`` and further
-    keys.
+    Each part of the run (backbone, encoder, trainer, data, and each entry of the list ``rewards``) is a name, or a
+    mapping with ``name`` and further keys.
     """
 
     backbone: Part("backbones") | None
@@ -156,7 +156,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Returns a config as YAML text, including defaults; `load_config` of such a file gives an equal config."""
+    """Returns a config as YAML text, including defaults; `load_config` of a file with it gives an equal config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -49,13 +49,13 @@ class Generator(GenerateJsonSchema):
         return {}  # the type of a plugin's key that JSON has no words for
 
     def emit_warning(self, kind: Any, detail: str) -> None:
-        """Ignores pydantic's warning about a default that JSON cannot represent; the key then has no default."""
+        """Hides pydantic's warning about a default that JSON cannot represent; the schema then has no default."""
 
 
 class PlainGenerator(Generator):
-    """Generates the JSON schema that ``longalign describe`` shows, without the key ``name`` of a part.
+    """Generates the JSON schema that ``longalign describe`` shows.
 
-    Short forms of a value, such as one item in place of a list, are omitted too.
+    The schema omits the key ``name`` of a part, and short forms of a value, such as one item in place of a list.
     """
 
     def model_schema(self, schema: Any) -> JsonSchemaValue:
@@ -69,7 +69,7 @@ class PlainGenerator(Generator):
 
 
 def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
-    """Returns the JSON schema of a config class that ``longalign describe`` shows, as a mapping.
+    """Returns the JSON schema, as a mapping, from which ``longalign describe`` describes a config class.
 
     ``properties`` has type, default and description of each key, and ``$defs`` the schemas of nested config classes.
     """
@@ -82,8 +82,8 @@ def model_schema(model: type[BaseModel]) -> JsonSchemaValue:
 def run_schema() -> JsonSchemaValue:
     """Returns the JSON schema of a run's config for editors, with the keys of all installed parts.
 
-    Plugins that fail to import are omitted. The schema has no checks between keys, so it accepts more configs than
-    `longalign.load_config`.
+    Parts of plugins that fail to import are omitted. The schema does not check whether the values of different keys fit
+    together, so it accepts more configs than `longalign.load_config`.
     """
     parts = {f"{kind}.{name}": (kind, name, model) for kind, name, model in _parts()}
     references, schema = models_json_schema(
@@ -114,8 +114,9 @@ def summary(model: type) -> str:
 def descriptions(model: type) -> dict[str, str]:
     """Returns key -> description for a config class.
 
-    A description is the docstring below the field, or the field's entry under ``Attributes:`` in the docstring of the
-    class, or else the description in the base class. Keys without any are omitted.
+    The description is the docstring below the field. If there is none, it is the entry under ``Attributes:`` in the
+    docstring of the class, and if there is none either, the description in the base class. Keys without a description
+    are omitted.
     """
     out: dict[str, str] = {}
     for base in reversed(model.__mro__):

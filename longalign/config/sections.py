@@ -81,7 +81,7 @@ class LoopConfig(Section):
 class CacheConfig(Section):
     """Image latents and text states that ``longalign cache`` precomputes and training reads from disk.
 
-    An existing cache is rejected if encoder, autoencoder, data, precision or image files have changed since then.
+    A cache is rejected if encoder, autoencoder, data, precision or image files have changed since it was computed.
     """
 
     folder: Text

@@ -39,6 +39,9 @@ REWARDS: dict[str, dict[str, Any]] = {
 class Acceptance:
     """The checks of the published checkpoints, and their settings.
 
+    A step is a method that yields a `Row` for each check, with status ``"failed"`` if the check fails. A step raises
+    `Unavailable` if one of its checkpoints cannot be found.
+
     Args:
         checkpoints: `longalign.diagnostics.published.Published.key` -> Hub id or folder to use instead of the published
             repository.
@@ -56,7 +59,7 @@ class Acceptance:
     hps_images: Path | None = None
 
     def steps(self) -> dict[str, Callable[[], Iterator[Row]]]:
-        """Returns the steps (groups of checks) in order: name -> function that loads checkpoints and yields rows."""
+        """Returns the steps in the order in which they run: name -> function that loads checkpoints and yields rows."""
         rewards = {name: lambda name=name: self.reward(name) for name in REWARDS}
         return {
             "longsd": self.longsd,
@@ -68,18 +71,23 @@ class Acceptance:
         }
 
     def find(self, name: str) -> str:
-        """Returns the Hub id or folder of a checkpoint. ``name`` is that of an entry of `PUBLISHED`.
+        """Returns the Hub id or folder of a checkpoint: the one in ``checkpoints``, else the published repository.
+
+        Downloads nothing and does not query the Hub.
+
+        Args:
+            name: name of an entry of `PUBLISHED`.
 
         Raises:
-            Unavailable: if the checkpoint or one of its files is neither on this machine nor can be downloaded. Without
-                ``HF_HUB_OFFLINE``, the Hub is not asked: a download that fails later raises another error.
+            Unavailable: if a local folder does not exist or lacks files. With ``HF_HUB_OFFLINE``, also if files of a
+                Hub repository are not on this machine; without it, the files of a Hub repository are not checked.
         """
         (entry,) = (entry for entry in PUBLISHED if entry.name == name)
         entry = replace(entry, checkpoint=self.checkpoints.get(entry.key, entry.checkpoint))
         if problem := availability_problem(entry.checkpoint):
             raise Unavailable(problem)
         if (Path(entry.checkpoint).exists() or offline()) and (files := entry.missing()):
-            raise Unavailable(f"'{entry.checkpoint}' does not contain {', '.join(files)}")
+            raise Unavailable(f"'{entry.checkpoint}' does not contain {', '.join(files)}; download these files")
         return entry.checkpoint
 
     def build(self, kind: str, config: dict[str, Any]) -> Any:
@@ -89,7 +97,11 @@ class Acceptance:
         return REGISTRIES[kind].build(config, Runtime(self.device))
 
     def longsd(self) -> Iterator[Row]:
-        """Checks the number of LoRA tensors of longSD (LongAlign's weights), and converts them to a checkpoint."""
+        """Converts longSD (LongAlign's published weights) to a checkpoint in ``output``.
+
+        Yields rows: for each LoRA file, whether it has 448 tensors, and its number of values; then whether the
+        checkpoint was written.
+        """
         from longalign.checkpoints.convert import LORAS, convert_longsd, read_tensors
 
         source = Path(self.find("longsd"))
@@ -110,10 +122,10 @@ class Acceptance:
         )
 
     def segments(self) -> Iterator[Row]:
-        """Checks the encoding of prompts in segments with CLIP of Stable Diffusion 1.5.
+        """Yields three rows about prompts encoded in segments with the CLIP of Stable Diffusion 1.5.
 
-        A short prompt must have the same states as without segments, the padding state must be the mean of the last 60
-        states of the empty prompt, and nothing of a long prompt may be truncated.
+        Checks that a short prompt has the same states as when encoded as a whole, that the state used as padding is the
+        mean of the last 60 states of the empty prompt encoded as a whole, and that no part of a long prompt is dropped.
         """
         checkpoint = self.find("sd15")
         config = {"checkpoint": checkpoint, "segmenter": "longalign"}
@@ -131,7 +143,7 @@ class Acceptance:
         )
 
     def t5(self) -> Iterator[Row]:
-        """Checks that T5 with LaVi-Bridge's adapter gives finite states ``(2, 240, dim)`` for two prompts."""
+        """Yields a row: whether T5 with LaVi-Bridge's adapter gives finite states ``(2, 240, dim)`` for two prompts."""
         adapter = {"checkpoint": self.find("lavi-bridge"), "subfolder": LAVI_BRIDGE[1]}
         encoder = self.build("encoders", {"name": "t5", "checkpoint": self.find("t5"), "adapter": adapter})
         states = encoder.encode([SHORT, ""]).states
@@ -141,7 +153,10 @@ class Acceptance:
         )
 
     def longclip(self) -> Iterator[Row]:
-        """Checks that the states of LongCLIP depend on a word beyond CLIP's window of 77 tokens."""
+        """Yields two rows: whether LongCLIP gives 248 finite states, and whether they depend on the word at token 121.
+
+        The window of the original CLIP ends at token 77.
+        """
         encoder = self.build("encoders", {"name": "longclip", "checkpoint": self.find("longclip"), **self.tokenizer()})
         first, second = encoder.encode(["fox " * 120 + word for word in ("red", "wall")]).states
         yield compare("states", first.shape[0] == 248 and _finite(first), _about(first), "248 finite states")
@@ -150,12 +165,15 @@ class Acceptance:
         yield compare("states that depend on word 121", bool(differs) and differs[0] == 121, result, "from 121 on")
 
     def generate(self) -> Iterator[Row]:
-        """Generates an image of each prompt in `LONG` with the converted longSD, and checks that none is constant."""
+        """Generates an image of each prompt in `LONG` with the checkpoint that `longsd` wrote.
+
+        Yields a row per image: whether it is not constant, i.e. the standard deviation of its pixels is above 0.02.
+        """
         shutil.rmtree(self.images, ignore_errors=True)
         folder = self.output / "longsd"
         if not (folder / "longalign.safetensors").is_file():
             raise Unavailable(
-                f"no converted longSD in {folder}; its conversion, an earlier step, failed or was not run"
+                f"no converted longSD in {folder}; run the step 'longsd' first, or fix the problem that it reports"
             )
         self.find("sd15")
         self.find("t5")
@@ -177,9 +195,10 @@ class Acceptance:
         return self.output / "images"
 
     def reward(self, name: str) -> Iterator[Row]:
-        """Checks one reward: matching prompts must score higher than others, and HPS v2 must give published scores.
+        """Yields the rows of one reward: those of `ranking`, and for HPS v2, those of `published_score`.
 
-        ``name`` is a key of `REWARDS`.
+        `ranking` is called with images of one colour, and with the images that `generate` wrote, if there are any.
+        Published scores are compared if ``hps_images`` is set. ``name`` is a key of `REWARDS`.
         """
         config = {**REWARDS[name], "checkpoint": self.find(name)}
         reward = self.build("rewards", config if name.startswith("hpsv2") else {**config, **self.processor()}).eval()
@@ -200,7 +219,7 @@ class Acceptance:
                 yield self.published_score(reward, self.hps_images / file, prompt, score)
 
     def published_score(self, reward: Any, path: Path, prompt: str, expected: float) -> Row:
-        """Returns a row: whether a reward gives an image file its published score ``expected``, within 0.002."""
+        """Returns a row: whether a reward scores the image in ``path`` with ``prompt`` within 0.002 of ``expected``."""
         from longalign.image_io import load_image
 
         score = float(reward.score(load_image(path)[None].to(self.device), [prompt]))
@@ -209,10 +228,13 @@ class Acceptance:
         )
 
     def ranking(self, reward: Any, what: str, images: Sequence[Any], prompts: Sequence[str]) -> Iterator[Row]:
-        """Scores every image with every prompt; checks that scores are cosines and matching prompts score higher.
+        """Scores every image with every prompt, and yields two rows.
+
+        The first: whether all scores are cosines. The second: whether the scores of matching prompts are higher on
+        average than the other scores.
 
         Args:
-            reward: a reward with embeddings of images and texts.
+            reward: a reward with the methods ``image_features`` and ``text_features``.
             what: description of the images, for the names of the checks.
             images: n images ``(3, h, w)`` in [0, 1].
             prompts: n prompts; the i-th one matches the i-th image.
@@ -232,16 +254,17 @@ class Acceptance:
         yield compare(f"matching prompt scores highest, {what}", mean > others, result, "matching mean above others")
 
     def processor(self) -> dict[str, str]:
-        """Returns ``{"processor": checkpoint}`` for the config of a reward, with the checkpoint given for CLIP-H.
+        """Returns ``{"processor": checkpoint}``, a key for the config of a reward, with ``checkpoints["clip-h"]``.
 
-        Empty if none was given.
+        Returns an empty mapping if ``checkpoints`` has no such entry.
         """
         return {"processor": self.checkpoints["clip-h"]} if "clip-h" in self.checkpoints else {}
 
     def tokenizer(self) -> dict[str, str]:
-        """Returns ``{"tokenizer": folder}`` for the config of LongCLIP, from the folder given for Stable Diffusion 1.5.
+        """Returns ``{"tokenizer": folder}``, a key for the config of LongCLIP.
 
-        Empty if none was given.
+        ``folder`` is the subfolder ``tokenizer`` of the folder ``checkpoints["sd15"]``; if there is none, the result is
+        empty.
         """
         folder = Path(self.checkpoints.get("sd15", "")) / "tokenizer"
         return {"tokenizer": str(folder)} if folder.is_dir() else {}
@@ -277,8 +300,8 @@ def _about(states: Any) -> str:
 def run(acceptance: Acceptance, only: Sequence[str] = ()) -> list[tuple[str, Row]]:
     """Runs the steps of the checks and returns ``(name of the step, row)`` for each result.
 
-    A missing checkpoint or an exception becomes a row, and the next step is run. On CUDA, each step also reports its
-    peak memory.
+    An exception, also that of a missing checkpoint, becomes a row, and the next step runs. On CUDA, the last row of
+    each step shows its peak GPU memory.
 
     Args:
         acceptance: the checks.
@@ -327,13 +350,13 @@ def table(rows: Sequence[tuple[str, Row]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the checks from the command line and writes ``acceptance.md`` and ``acceptance.json``.
+    """Runs the checks from the command line; writes ``acceptance.md`` and ``acceptance.json`` to ``--output``.
 
     Args:
-        argv: the arguments; those of the process if None.
+        argv: the command-line arguments; those of the process if None.
 
     Returns:
-        1 if a check failed, else 0.
+        The exit status: 1 if a check failed, else 0.
     """
     names = list(dict.fromkeys(entry.key for entry in PUBLISHED))
     parser = argparse.ArgumentParser(prog="acceptance", description="Checks the published checkpoints.")

@@ -24,7 +24,7 @@ class Row:
             that is shown but not checked.
         result: what was measured, as text.
         expected: what a passing result looks like, as text; may be empty.
-        seconds: duration of the function that yielded the row, in its first row; 0 in its other rows.
+        seconds: duration of the whole step, in the first row of the step (`run_step`); 0 in all later rows.
     """
 
     check: str
@@ -34,7 +34,7 @@ class Row:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the row as JSON values."""
+        """Returns the row as a mapping of attribute names to JSON values."""
         return asdict(self)
 
 
@@ -55,13 +55,13 @@ class Unavailable(Exception):
 
 
 def run_step(name: str, step: Callable[[], Iterable[Row]]) -> list[Row]:
-    """Calls a function that yields rows, and returns the rows. The first row gets the duration of the whole call.
+    """Calls a function that yields rows, and returns the rows. The first row gets the duration of the call in seconds.
 
     An exception ends the call and becomes the last row, with status ``"missing"`` for `Unavailable` and otherwise
     ``"failed"``.
 
     Args:
-        name: name in the log, and of the row of an exception.
+        name: name of the step, which is logged, and is the name ``check`` in the row of an exception.
         step: the function.
     """
     log.info("%s ...", name)

@@ -25,8 +25,8 @@ VARIABLES = (
 def environment() -> dict[str, str]:
     """Returns what a bug report shows of this machine: name -> value as text, in display order.
 
-    Names are packages, ``python``, ``system``, devices, plugins, the Hub's settings, and environment variables. Imports
-    torch if it is installed.
+    The names are packages, ``python``, ``system``, ``processor``, devices such as ``cuda:0``, plugins, ``hub``, ``hub
+    cache``, and environment variables. Imports torch if it is installed.
     """
     out = {name: _version(name) for name in PACKAGES}
     out["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
@@ -41,7 +41,7 @@ def environment() -> dict[str, str]:
 
 
 def unmet_requirements() -> list[str]:
-    """Returns a text for each required package that is missing or has an unsupported version, with both versions."""
+    """Returns a text such as ``torch 1.0, expected >=2.4`` for each package that is missing or has a wrong version."""
     from packaging.requirements import Requirement
 
     problems = []

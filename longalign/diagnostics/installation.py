@@ -30,7 +30,7 @@ def check_installation(device: str | None = None, run_models: bool = True) -> li
         run_models: whether to encode, score and train.
 
     Returns:
-        The results. An exception in a check becomes a row with status ``"failed"``.
+        One or more rows per check. An exception in a check becomes a row with status ``"failed"``.
     """
     steps = {"packages": check_packages, "parts": check_parts, "device": partial(check_device, device)}
     if run_models:
@@ -52,9 +52,10 @@ def check_parts() -> Iterator[Row]:
 
 
 def check_device(device: str | None) -> Iterator[Row]:
-    """Checks matrix products in each dtype on a device, and looks for a compiler for `torch.compile`.
+    """Yields two rows: which dtypes work on a device, and which compiler `torch.compile` would use.
 
-    The check fails only if the float32 product is wrong, i.e. has a relative error of 0.02 or more.
+    A dtype works if a matrix product has a relative error below 0.02. The check fails only if float32 does not work.
+    The row of the compiler has status ``"info"``. ``device`` is as for `check_installation`.
     """
     import torch
 
@@ -80,7 +81,10 @@ def check_device(device: str | None) -> Iterator[Row]:
 
 
 def check_encode(device: str | None) -> Iterator[Row]:
-    """Checks that the bundled CLIP encodes a prompt, in segments, to finite states of the expected shape."""
+    """Yields one row: whether the bundled CLIP encodes a prompt in segments to finite states of the expected shape.
+
+    ``device`` is as for `check_installation`.
+    """
     from longalign import registry
 
     encoder: Any = registry.encoders.build(
@@ -93,7 +97,10 @@ def check_encode(device: str | None) -> Iterator[Row]:
 
 
 def check_score(device: str | None) -> Iterator[Row]:
-    """Checks that the bundled reward Denscore gives a score in (-1, 1) and a nonzero gradient at the image."""
+    """Yields one row: whether the bundled reward Denscore gives a score in (-1, 1) with a nonzero image gradient.
+
+    ``device`` is as for `check_installation`.
+    """
     import torch
 
     from longalign import registry
@@ -110,7 +117,10 @@ def check_score(device: str | None) -> Iterator[Row]:
 
 
 def check_train(device: str | None) -> Iterator[Row]:
-    """Trains the bundled model for one step; checks that the loss is finite and the saved LoRA is nonzero."""
+    """Trains the bundled model for one step, and yields one row: whether the loss is finite and the LoRA is nonzero.
+
+    ``device`` is as for `check_installation`.
+    """
     from longalign.checkpoints.checkpoint import load_weights
     from longalign.loop.fit import fit
 

@@ -23,7 +23,7 @@ class Published:
     Attributes:
         name: short name, in lower case with hyphens, e.g. ``"hpsv2.1"``.
         checkpoint: ``owner/name`` on the Hub, or a local folder.
-        files: paths of the required files in the checkpoint; ``a|b`` requires one of both.
+        files: paths of the required files in the checkpoint. Of paths joined by ``|``, one suffices.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Published:
 
     @property
     def key(self) -> str:
-        """``name`` up to the first dot. Checkpoints with the same key are versions in one repository."""
+        """``name`` up to the first dot: ``"hpsv2"`` for ``"hpsv2.1"``. Equal keys mean the same repository."""
         return self.name.partition(".")[0]
 
     def missing(self, folder: str = "") -> list[str]:
-        """Returns the entries of ``files`` that are not on this machine. Nothing is downloaded.
+        """Returns the entries of ``files`` that are not on this machine, as in ``files``. Nothing is downloaded.
 
         Args:
-            folder: a folder to search before the local copy of ``checkpoint``; empty for none.
+            folder: a folder to search besides the local copy of ``checkpoint``; empty for none.
         """
         sources = [source for source in (folder, self.checkpoint) if source]
         return [file for file in self.files if not any(_has(source, file) for source in sources)]

@@ -584,7 +584,7 @@ def test_eval_labels_images_by_their_prompt_set(brightness, tmp_path, capsys):
     assert "brightness by topic of the prompt" in out and re.search(r"cats +0\.2000.*\ndogs +0\.0000", out)
     assert json.loads((tmp_path / "t.json").read_text())["labels"] == {"topic": [["dogs"], ["cats"]]}
     assert main([*command, "--prompts", str(plain)]) == 2
-    assert re.search(r"--prompts adds labels .*plain\.txt has none; remove it", capsys.readouterr().err)
+    assert re.search(r"--prompts adds labels .*plain\.txt has none; remove --prompts", capsys.readouterr().err)
     assert main([*command, "--prompts", str(other)]) == 2
     assert re.search(r"1 of 2 prompts are not among the 1 of plain, e\.g\. 'a  b'", capsys.readouterr().err)
 
