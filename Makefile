@@ -13,7 +13,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 # Without bytecode, every test process compiles the package and the tests.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-fast test-reliability test-transformers4 test-lowest test-wheel check format docs bench bench-check gpu-wheels
+.PHONY: setup demo test test-reliability test-transformers4 test-lowest test-wheel check format docs bench bench-check gpu-wheels
 
 setup: $(STAMP)
 
@@ -26,12 +26,9 @@ $(STAMP): pyproject.toml $(PLUGINS)
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/longalign demo --output runs/demo
 
+# Without tests that start several processes or run the documents, which `make check` runs.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(wildcard plugins/*/tests) $(PYTEST_ARGS)
-
-# Without tests that start several processes or run the documents: for while you work.
-test-fast: $(STAMP)
-	$(MAKE) test PYTEST_ARGS='-m "not processes and not docs and not reliability" $(PYTEST_ARGS)'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $(wildcard plugins/*/tests) -m 'not (processes or docs or reliability)' $(PYTEST_ARGS)
 
 # Slow robustness tests; docs/reliability.md lists the results.
 test-reliability: $(STAMP)
@@ -84,5 +81,5 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests/test_imports.py
+	$(BIN)/python -m pytest -n $(WORKERS) tests -m 'processes or docs'
 	GPU_SMOKE=1 GPU_LINES=0 GPU_OUTPUT=runs/gpu-smoke PYTHON=$(BIN)/python benchmarks/gpu.sh
