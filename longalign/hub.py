@@ -113,9 +113,10 @@ def availability_problem(checkpoint: str, revision: str | None = None) -> str:
 
 
 def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None = None) -> str:
-    """Returns why a checkpoint cannot be loaded, like `availability_problem`, also if a folder has none of ``files``.
+    """Returns why a checkpoint cannot be loaded, or an empty string.
 
-    Of a Hub id, the files are not checked. Returns an empty string if there is no problem.
+    Besides the problems that `availability_problem` finds, a local folder that contains none of ``files`` is a problem.
+    For a Hub id, the files are not checked.
     """
     if problem := availability_problem(checkpoint, revision):
         return problem

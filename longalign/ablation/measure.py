@@ -53,9 +53,10 @@ def measure_runs(
 def merge(table: MetricTable, runs: Mapping[str, tuple[Cell, int | None]], seeds: Sequence[int]) -> MetricTable:
     """Merges a table with one model per run into a table with one model per cell, named by the cell.
 
-    The values of a cell are concatenated over training seeds, with NaN for a missing run. The values of a cell that is
-    not trained are repeated for each training seed. Values that only a set of images has, such as a Frechet distance,
-    are averaged over training seeds. In the result, each cell is compared with the first one only.
+    A `Cell` is a set of changes of the config that the ablation compares; one without training, such as the base model,
+    has one run. The values of a cell are concatenated over training seeds, with NaN for a missing run. The values of a
+    cell that is not trained are repeated for each training seed. Values that only a set of images has, such as a
+    Frechet distance, are averaged over training seeds. In the result, each cell is compared with the first one only.
 
     Args:
         table: the values of each run.

@@ -73,7 +73,7 @@ class FlowBackbone(LatentBackbone):
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
         scheduler: config of the model's diffusers scheduler.
-        resolution: native width and height in pixels; None computes it from the transformer's ``sample_size``.
+        resolution: native side of square images in pixels; None computes it from the transformer's ``sample_size``.
 
     Raises:
         ValueError: if the scheduler is not supported.

@@ -45,7 +45,8 @@ class Stream:
         resolution: side of square images in pixels, or a list of image sizes; ignored for prompt-only data. See
             `ImageLoader`.
         empty: ``"skip"`` or ``"keep"``: what to do with items with an empty caption.
-        max_unreadable: number of unreadable images to replace by the next readable one; one more raises an error.
+        max_unreadable: number of unreadable images that each reader replaces by the next readable one in the whole
+            run; one more raises an error.
         shuffle_buffer: number of records in the shuffle buffer of each reader; 1 keeps the order of the records.
     """
 

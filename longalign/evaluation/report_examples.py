@@ -31,10 +31,11 @@ class Example:
         sentences: the sentences of the prompt.
         seed: seed of the noise; None if unknown.
         images: name of a model -> its image ``(3, h, w)`` in [0, 1], or the path of the image file.
-        verdicts: name of a model -> sentence -> fact -> whether the fact holds in the image.
-        scores: name of a model -> sentence -> score of a reward, such as the cosine similarity with the image.
+        verdicts: name of a model -> for each sentence, for each of its facts: whether the fact holds in the image.
+        scores: name of a model -> for each sentence, the score of a reward, such as the cosine similarity with the
+            image.
         truncated: name of a model -> indices of the sentences that its encoder truncated, partly or completely.
-        facts: sentence -> names of its facts.
+        facts: for each sentence, the names of its facts.
         row: index of the prompt and seed in the metric table; None if they are not in the table.
     """
 

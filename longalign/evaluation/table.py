@@ -135,8 +135,8 @@ class MetricTable:
         Args:
             model: name of the model.
             metric: name of the metric.
-            rows: boolean mask ``(n,)`` of the images to use; None uses all. With a mask, metrics in ``sets`` have no
-                value.
+            rows: boolean mask ``(n,)`` of the images to use; None uses all. With a mask, the interval of a metric that
+                only a set of images has (see the attribute ``sets``) is NaN.
 
         Raises:
             ValueError: if the table has no values of the metric for the model.

@@ -75,7 +75,7 @@ def load_pickle(path: str | Path, checked: bool = False) -> Any:
         if checked:
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
-                    raise EOFError(f"the checksum of {bad} does not match its content")
+                    raise EOFError(f"the checksum of its entry {bad} does not match the content")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=checked)
     except MemoryError:
         raise

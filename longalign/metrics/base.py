@@ -47,8 +47,8 @@ class Metric(nn.Module):
     2. `finish` is called once with the observations of all images, and returns one value per image.
     3. `statistics` returns functions of the observations of a set of images, for values that no single image has.
 
-    The table of ``longalign eval`` contains means and confidence intervals of the values. For a statistic, it resamples
-    the observations.
+    The table of ``longalign eval`` contains means and confidence intervals of the values. The interval of a statistic
+    is computed by calling its function on bootstrap samples of the observations.
 
     Names of values start with the metric's `label`. A name without a slash, such as ``label`` or ``label.part``, is a
     column of the table. ``label/group/name`` is shown in a breakdown of ``label``. Names of two metrics of a table must

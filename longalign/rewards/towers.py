@@ -159,8 +159,8 @@ class TowerReward(EmbeddingReward):
 
         Args:
             towers: image encoder and text encoder.
-            image: image settings of the checkpoint, from which a preprocessor with the image settings of ``config`` is
-                made. Or a preprocessor, which is used as it is.
+            image: image settings of the checkpoint, from which a preprocessor is made; settings of ``config`` replace
+                them. A preprocessor is used as it is, and the image settings of ``config`` are ignored.
             config: config of the reward.
             runtime: device and dtype to which the towers are moved.
         """

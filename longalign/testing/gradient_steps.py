@@ -23,7 +23,8 @@ def check_gradient_steps(config: Any, *, num_steps: int = 20) -> None:
     """Checks that selections of gradient steps, the sampling steps that receive gradient, are valid.
 
     It checks the config (see `longalign.testing.common.config_checks`), and that selected steps are ascending and among
-    the steps that are taken. The config's ``detaches()`` must equal ``detach`` of each selection. For a small float64
+    the steps that are taken. The config's ``detaches()`` must equal ``detach`` of each selection: whether the
+    denoiser's input is detached from the gradient. For a small float64
     network, the gradient of `longalign.functional.replay_backward` must equal that of autograd through all sampling
     steps (relative error below 1e-6).
 

@@ -408,9 +408,10 @@ def tiny_sd15(folder: Path) -> Path:
 
 @once
 def tiny_adapter(folder: Path, in_dim: int = 16, int_dim: int = 12, out_dim: int = 16) -> Path:
-    """Writes LaVi-Bridge's adapter in diffusers format.
+    """Writes a random adapter of LaVi-Bridge in diffusers format, and returns ``folder``.
 
-    It maps T5's states of width ``in_dim`` to ``out_dim``, with a hidden width of ``int_dim``.
+    The adapter is a network that maps T5's states of width ``in_dim`` to the width ``out_dim`` of the denoiser's text
+    states, with a hidden width of ``int_dim``.
     """
     from longalign.encoders.t5.adapter import TextAdapter
 

@@ -50,8 +50,9 @@ class Flux2Backbone(FlowBackbone):
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
         scheduler: config of diffusers' scheduler.
-        resolution: native width and height in pixels.
-        guidance: guidance scale that the transformer is conditioned on; None for 4, or none if it takes none.
+        resolution: native side of square images in pixels.
+        guidance: guidance scale that the transformer is conditioned on. None selects 4 if the transformer takes a
+            guidance scale.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels, the scheduler is not supported, or

@@ -147,5 +147,5 @@ def _format_of(path: Path, first: Row, name: str | None) -> Format:
     best = {form.name: form for form in reversed(fitting) if len(form.columns) == most}
     if len(best) > 1:
         sources = " or ".join(f"{name}:{path}" for name in best)
-        raise ValueError(f"{path} has the columns of {len(best)} prompt sets; name one of them: {sources}")
+        raise ValueError(f"{path} has the columns of {len(best)} prompt sets; give the prompts as {sources}")
     return next(iter(best.values()))

@@ -20,9 +20,9 @@ class HubTable:
 
     @classmethod
     def from_config(cls, config: HubConfig, runtime: Runtime) -> HubRows | Prompts | HubStream:
-        """Opens the table: with ``config.streaming`` as a `HubStream`, without it as `HubRows`.
+        """Opens the table: as a `HubStream` with ``config.streaming``.
 
-        If ``config.image`` is None, a table without ``config.streaming`` is opened as `Prompts`.
+        Otherwise it is opened as `Prompts` if ``config.image`` is None, and as `HubRows` if it is a column.
 
         Raises:
             ValueError: if ``datasets`` is not installed or cannot read the table, a column is missing, or no caption

@@ -28,7 +28,10 @@ class PenultimateEncoder(ClipSegmentEncoder):
     def states_and_pooled(
         self, plans: Sequence[SegmentPlan], pools: Sequence[Sequence[tuple[int, ...]]]
     ) -> Conditioning:
-        """Returns the conditioning of planned prompts; `ProjectedEncoder` adds the pooled embeddings ``(b, p)``.
+        """Returns the conditioning of b prompts that are split into segments; without pooled embeddings here.
+
+        Overridden in `ProjectedEncoder`, whose conditioning has pooled embeddings ``(b, p)``; ``pools`` is not used
+        here.
 
         Args:
             plans: the plan of each prompt, from `checked_plans`.
