@@ -83,7 +83,10 @@ def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None
 
 
 def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[str, Any]:
-    """Returns the content of a checkpoint's JSON file, found by `local_file`; empty if there is no readable file."""
+    """Returns the content of a checkpoint's JSON file; empty if the file is missing, unreadable or no JSON mapping.
+
+    Nothing is downloaded. The arguments are those of `local_file`.
+    """
     try:
         path = local_file(checkpoint, file, revision)
         content = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
@@ -128,7 +131,10 @@ def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None =
 
 
 def is_base_model(checkpoint: str) -> bool:
-    """Whether a checkpoint on this machine has diffusers layout and was not written by longalign."""
+    """Whether a checkpoint is a model in diffusers layout that longalign has not written.
+
+    False if its files are not on this machine.
+    """
     try:
         # fully fine-tuned longalign checkpoints have some of these files too
         return not local_file(checkpoint, CHECKPOINT) and any(local_file(checkpoint, file) for file in LAYOUT)

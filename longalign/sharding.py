@@ -33,9 +33,10 @@ def gather_full(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Returns a full tensor sharded over processes as ``like`` is. If ``like`` is not sharded, returns it unchanged.
+    """Returns a full tensor as a DTensor, sharded over processes as ``like`` is.
 
-    Every process must have the full tensor, with the shape of ``like``.
+    If ``like`` is not sharded, ``tensor`` is returned unchanged. Every process must have the full tensor, which has the
+    full shape of ``like``.
     """
     if not isinstance(like, DTensor):
         return tensor

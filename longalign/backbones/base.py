@@ -160,7 +160,7 @@ class Backbone(nn.Module):
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Calls a network with the arguments of its model; implemented by subclasses, used by `predict`.
+        """Calls a network with the arguments that its forward pass takes; implemented by subclasses, used by `predict`.
 
         Args:
             denoiser: the network: `Backbone.denoiser`, a wrapper of it or a copy.
@@ -306,7 +306,7 @@ class Backbone(nn.Module):
 
         Args:
             config: settings of the new LoRA.
-            name: name of the new LoRA; see `unused_name`.
+            name: name of the new LoRA; `unused_name` returns a free one.
 
         Raises:
             ValueError: if a LoRA with this name already exists, or ``config.targets`` selects no layer.
@@ -353,7 +353,7 @@ class Backbone(nn.Module):
         return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
     def unused_weights(self) -> dict[str, nn.Parameter]:
-        """Returns the weights of the `unused_modules` by name."""
+        """Returns the denoiser's weights in the `unused_modules`, by name; empty if there are no such modules."""
         parameters = self.denoiser.named_parameters()
         return {name: parameter for name, parameter in parameters if is_part_of(name, self.unused_modules)}
 
@@ -389,9 +389,10 @@ class Backbone(nn.Module):
         self.denoiser.requires_grad_(False)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the denoiser's weights on the CPU as a state dict of diffusers, without an unmerged LoRA.
+        """Returns the denoiser's weights on the CPU, with the names that diffusers uses.
 
-        Of sharded weights (FSDP2), only the first process gets the values; see `longalign.sharding.gather_full`.
+        Merged LoRAs are included in the weights; an unmerged LoRA is left out. Of sharded weights (FSDP2), only the
+        first process gets values; see `longalign.sharding.gather_full`.
         """
         state = {}
         for key, tensor in self.denoiser.state_dict().items():

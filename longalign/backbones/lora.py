@@ -110,13 +110,15 @@ def inject_lora(denoiser: Any, config: LoraConfig, name: str, unused: str | None
         denoiser: network that gets the LoRA.
         config: settings of the LoRA.
         name: peft's name of the LoRA; a network can have several.
-        unused: regular expression of modules whose layers get no LoRA; see `Backbone.unused_modules`.
+        unused: regular expression of names of modules; layers in these modules get no LoRA, see
+            `Backbone.unused_modules`. None excludes no layer.
 
     Returns:
         The trainable float32 weights: of each layer the down projection, then the up projection.
 
     Raises:
-        ValueError: if ``config.targets`` selects no layer, see `lora_targets`, or only ``unused`` ones.
+        ValueError: if ``config.targets`` selects no layer (see `lora_targets`), or only layers in the modules of
+            ``unused``.
     """
     selected = lora_targets(denoiser, config.targets)
     targets = [target for target in selected if not is_part_of(target, unused)]

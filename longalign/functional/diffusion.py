@@ -137,10 +137,10 @@ def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torc
     """Samples random training timesteps ``(count,)``.
 
     Args:
-        density: ``"uniform"``, or ``"logit-normal"`` for ``sigmoid(n)`` with standard normal n, as a fraction of the
-            number of timesteps. The latter favours intermediate noise levels, which are hardest to predict (arXiv
-            2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
-        levels: noise levels of the model; their number is the number of training timesteps.
+        density: ``"uniform"`` or ``"logit-normal"``. With the latter, a timestep is the fraction ``sigmoid(n)`` of the
+            number of timesteps, with standard normal n. This favours intermediate noise levels, which are hardest to
+            predict (arXiv 2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
+        levels: noise levels of the model; samples are from 0 to ``len(levels) - 1``.
         count: number of samples.
         device: device of the samples.
 
@@ -181,7 +181,7 @@ Guide = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 
 
 def guided_steps(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[float, float] | None) -> list[bool]:
-    """Returns for each timestep whether guidance applies: at noise levels in an interval (arXiv 2404.07724).
+    """Returns for each timestep whether guidance applies: if its noise level is in an interval (arXiv 2404.07724).
 
     Args:
         levels: noise levels of the model.
