@@ -96,7 +96,10 @@ def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[s
 
 
 def availability_problem(checkpoint: str, revision: str | None = None) -> str:
-    """Returns why a checkpoint cannot be loaded, as far as is known without querying the Hub; else an empty string.
+    """Returns why a checkpoint cannot be loaded, or an empty string if no problem is known.
+
+    The Hub is not queried, so a repository that does not exist is not noticed.
+
 
     Args:
         checkpoint: local folder or file, bundled weights (``mini/<folder>``), or Hub id.
@@ -111,7 +114,10 @@ def availability_problem(checkpoint: str, revision: str | None = None) -> str:
     if not HUB_ID.fullmatch(source):
         return f"no file or folder '{checkpoint}'; expected an existing path, or a Hub id of the form owner/name"
     if offline() and _cached(source, revision) is None:
-        return f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE disables downloads; unset HF_HUB_OFFLINE"
+        return (
+            f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE disables downloads; "
+            "unset them"
+        )
     return ""
 
 
@@ -168,7 +174,7 @@ def download_problem(error: BaseException, file: str = "") -> str:
     if caused("RevisionNotFoundError"):
         return "it has no such revision"
     if offline() or caused("OfflineModeIsEnabled"):
-        return "it is not on this machine, and HF_HUB_OFFLINE disables downloads; unset HF_HUB_OFFLINE"
+        return "it is not on this machine, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE disables downloads; unset them"
     if caused("LocalEntryNotFoundError") or any(isinstance(e, (ConnectionError, TimeoutError)) for e in chain):
         return "it is not on this machine, and the Hub cannot be reached"
     if caused("EntryNotFoundError"):

@@ -55,7 +55,11 @@ def reshard(module: nn.Module) -> None:
 
 
 def gather_optimizer_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns an optimizer's ``state_dict`` with full instead of sharded tensors; see `gather_full`."""
+    """Returns an optimizer's ``state_dict`` with full instead of sharded tensors.
+
+    Of sharded tensors, only the first process gets the values, all other processes get empty tensors; see
+    `gather_full`.
+    """
     moments = {
         i: {k: gather_full(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         for i, values in state["state"].items()

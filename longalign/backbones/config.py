@@ -26,8 +26,8 @@ def vae_scale_factor(config: Mapping[str, Any]) -> int | None:
 class LoraConfig(Section):
     """Low-rank updates of the denoiser's Linear and Conv2d layers (arXiv 2106.09685).
 
-    The update is ``scale * up @ down``. ``down`` is initialized with normal numbers of mean 0 and standard deviation
-    1/rank, and ``up`` with zeros, so the update is zero at the start.
+    The update is ``scale * up @ down``. ``down`` is initialized with normally distributed numbers of mean 0 and
+    standard deviation 1/rank, and ``up`` with zeros, so the update is zero at the start.
     """
 
     rank: int = Field(default=32, ge=1)
@@ -54,7 +54,7 @@ class LoraConfig(Section):
                 re.compile(targets)
             except re.error as error:
                 raise ValueError(
-                    f"expected a list of names or a regular expression, got {targets!r}: {error}"
+                    f"expected a list of names or a regular expression, got {targets!r}: {error}; correct it"
                 ) from None
         return targets
 
@@ -123,7 +123,7 @@ class DiffusersConfig(BackboneConfig):
         return vae_scale_factor(self.config_of("vae"))
 
     def native_resolution(self, layout: str | None = None) -> int:
-        """Returns the native width and height of an image in pixels, from the configs of denoiser and VAE.
+        """Returns the native width and height of a square image in pixels, from the configs of denoiser and VAE.
 
         The configs are downloaded if needed.
 

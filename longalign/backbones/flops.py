@@ -27,7 +27,7 @@ class FlopCount:
     Args:
         denoiser: a diffusers network.
         call: `Backbone.call`.
-        trains_weights: whether a backward pass computes the gradient of the weights, or of the latents only.
+        trains_weights: whether a backward pass computes the gradient of the weights; if False, of the latents only.
 
     Attributes:
         total: number of operations of all calls so far.

@@ -29,7 +29,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, (SafetensorError, RuntimeError)):  # libraries report a full disk this way
-            raise OSError(f"cannot write {path}: {str(error).strip()}") from error
+            raise OSError(f"cannot write {path}: {str(error).strip()}; check the free disk space") from error
         raise
     sync(path.parent)
 

@@ -22,8 +22,8 @@ class NoiseLevels:
     Attributes:
         signal: ``(T,)`` float64: ``sqrt(alphas_cumprod)`` for variance-preserving models, ``1 - s`` for flow matching.
         noise: ``(T,)`` float64: ``sqrt(1 - alphas_cumprod)``, or ``s`` for flow matching.
-        num_timesteps: number of training timesteps; None if it is T. Entries after these belong to sampling schedules
-            of 1, 2, 3, ... steps; see ``terminal`` of `from_flow`, and `longalign.functional.sampling_timesteps`.
+        num_timesteps: number of training timesteps; None if it is T. Later entries belong to sampling schedules of 1,
+            2, 3, ... steps; see `from_flow` and `longalign.functional.sampling_timesteps`.
     """
 
     signal: Tensor
@@ -50,8 +50,8 @@ class NoiseLevels:
         eq. 23). At the last timestep, ``s`` is 1: pure noise.
 
         If ``terminal`` or ``schedule_shifts`` is given, the levels of the schedules of 1, 2, ..., ``num_timesteps``
-        sampling steps follow those of the training timesteps. Otherwise, sampling steps use the levels of the training
-        timesteps.
+        sampling steps are stored after those of the training timesteps. Otherwise, sampling steps use the levels of the
+        training timesteps.
 
         Args:
             num_timesteps: number of training timesteps.
