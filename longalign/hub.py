@@ -83,7 +83,10 @@ def find_checkpoint_file(checkpoint: str, file: str, revision: str | None = None
 
 
 def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[str, Any]:
-    """Returns the content of a checkpoint's JSON file, found by `local_file`; empty if there is no readable file."""
+    """Returns the content of a checkpoint's JSON file; empty if the file is missing, unreadable or no JSON mapping.
+
+    Nothing is downloaded. The arguments are those of `local_file`.
+    """
     try:
         path = local_file(checkpoint, file, revision)
         content = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
@@ -93,7 +96,10 @@ def read_json(checkpoint: str, file: str, revision: str | None = None) -> dict[s
 
 
 def availability_problem(checkpoint: str, revision: str | None = None) -> str:
-    """Returns why a checkpoint cannot be loaded, as far as is known without querying the Hub; else an empty string.
+    """Returns why a checkpoint cannot be loaded, or an empty string if no problem is known.
+
+    The Hub is not queried, so a repository that does not exist is not noticed.
+
 
     Args:
         checkpoint: local folder or file, bundled weights (``mini/<folder>``), or Hub id.
@@ -108,7 +114,10 @@ def availability_problem(checkpoint: str, revision: str | None = None) -> str:
     if not HUB_ID.fullmatch(source):
         return f"no file or folder '{checkpoint}'; expected an existing path, or a Hub id of the form owner/name"
     if offline() and _cached(source, revision) is None:
-        return f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE disables downloads; unset HF_HUB_OFFLINE"
+        return (
+            f"'{checkpoint}' is not on this machine, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE disables downloads; "
+            "unset them"
+        )
     return ""
 
 
@@ -128,7 +137,10 @@ def checkpoint_problem(checkpoint: str, files: list[str], revision: str | None =
 
 
 def is_base_model(checkpoint: str) -> bool:
-    """Whether a checkpoint on this machine has diffusers layout and was not written by longalign."""
+    """Whether a checkpoint is a model in diffusers layout that longalign has not written.
+
+    False if its files are not on this machine.
+    """
     try:
         # fully fine-tuned longalign checkpoints have some of these files too
         return not local_file(checkpoint, CHECKPOINT) and any(local_file(checkpoint, file) for file in LAYOUT)
@@ -162,7 +174,7 @@ def download_problem(error: BaseException, file: str = "") -> str:
     if caused("RevisionNotFoundError"):
         return "it has no such revision"
     if offline() or caused("OfflineModeIsEnabled"):
-        return "it is not on this machine, and HF_HUB_OFFLINE disables downloads; unset HF_HUB_OFFLINE"
+        return "it is not on this machine, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE disables downloads; unset them"
     if caused("LocalEntryNotFoundError") or any(isinstance(e, (ConnectionError, TimeoutError)) for e in chain):
         return "it is not on this machine, and the Hub cannot be reached"
     if caused("EntryNotFoundError"):

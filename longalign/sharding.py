@@ -33,9 +33,10 @@ def gather_full(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Returns a full tensor sharded over processes as ``like`` is. If ``like`` is not sharded, returns it unchanged.
+    """Returns a full tensor as a DTensor, sharded over processes as ``like`` is.
 
-    Every process must have the full tensor, with the shape of ``like``.
+    If ``like`` is not sharded, ``tensor`` is returned unchanged. Every process must have the full tensor, which has the
+    full shape of ``like``.
     """
     if not isinstance(like, DTensor):
         return tensor
@@ -54,7 +55,11 @@ def reshard(module: nn.Module) -> None:
 
 
 def gather_optimizer_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns an optimizer's ``state_dict`` with full instead of sharded tensors; see `gather_full`."""
+    """Returns an optimizer's ``state_dict`` with full instead of sharded tensors.
+
+    Of sharded tensors, only the first process gets the values, all other processes get empty tensors; see
+    `gather_full`.
+    """
     moments = {
         i: {k: gather_full(v) if isinstance(v, Tensor) else v for k, v in values.items()}
         for i, values in state["state"].items()

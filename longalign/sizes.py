@@ -30,7 +30,7 @@ class Size(NamedTuple):
 
 
 def parse_size(value: int | str) -> Size:
-    """Returns the size that a config or option gives as the side of a square in pixels, or as text.
+    """Returns the size of an image from the value of a config key or command-line option.
 
     Args:
         value: number of pixels, text ``N``, or text ``WxH`` (width first), e.g. ``"768x512"``.
@@ -47,8 +47,8 @@ def parse_size(value: int | str) -> Size:
 def aspect_buckets(resolution: int, multiple_of: int, max_aspect_ratio: float) -> tuple[Size, ...]:
     """Returns image sizes of about equal area for training on different aspect ratios, from the widest to the tallest.
 
-    Each size has an area of at most ``resolution`` squared. For each short side, the long side is as long as possible.
-    Stable Diffusion XL was trained on sizes chosen in this way (arXiv 2307.01952, section 2.3).
+    Each size has an area of at most ``resolution`` squared. For each length of the short side, the long side is as long
+    as possible. Stable Diffusion XL was trained on sizes chosen in this way (arXiv 2307.01952, section 2.3).
 
     Args:
         resolution: side of the square bucket in pixels.
@@ -71,7 +71,7 @@ def aspect_buckets(resolution: int, multiple_of: int, max_aspect_ratio: float) -
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
-    """Returns the index of the size in ``buckets`` whose aspect ratio is nearest to that of ``size``, by its log."""
+    """Returns the index of the size in ``buckets`` whose aspect ratio has the logarithm nearest to that of ``size``."""
     target = math.log(size.height / size.width)
     distances = [abs(math.log(bucket.height / bucket.width) - target) for bucket in buckets]
     return distances.index(min(distances))

@@ -58,8 +58,8 @@ class TextTokens:
             )
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= vocab_size:
             raise ValueError(
-                f"tokenizer and text model do not match: eos_token_id={tokenizer.eos_token_id}, "
-                f"vocab_size={vocab_size}; load both from one checkpoint"
+                f"the tokenizer does not match the text model: expected an eos_token_id below vocab_size, got "
+                f"eos_token_id={tokenizer.eos_token_id}, vocab_size={vocab_size}; load both from one checkpoint"
             )
         self.tokenizer = tokenizer
         self._cache: dict[str, Tokenized] = {}

@@ -43,7 +43,7 @@ class Backbone(nn.Module):
         denoiser: a UNet or transformer of diffusers; frozen by this class.
         prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
         noise_levels: scales of signal and noise at each training timestep.
-        resolution: native width and height of an image in pixels.
+        resolution: native side of square images in pixels.
 
     Attributes:
         full_finetune: whether checkpoints contain all weights of the denoiser instead of its LoRAs.
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: if the model does not support this height or width.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement latent_shape")
 
     def levels_at(self, shape: Sequence[int]) -> NoiseLevels:
         """Returns the noise levels for latents of shape ``(..., h, w)``; by default `noise_levels`.
@@ -120,21 +120,21 @@ class Backbone(nn.Module):
         The result ``(b, 2c, h', w')`` contains first the c channels of the mean, then those of the standard deviation,
         of latents in the VAE's scale. It has no gradient and can be cached; see `sample_latents`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement posterior")
 
     def sample_latents(self, posterior: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Samples latents ``(b, c, h', w')`` in the denoiser's scale from the output of `posterior`.
 
         A ``generator`` makes the sample reproducible; None uses torch's global generator.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement sample_latents")
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents ``(b, c, h', w')`` in the denoiser's scale to images ``(b, 3, h, w)``, with gradient.
 
         The images are clamped to [0, 1].
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement decode")
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the denoiser's prediction ``(b, c, h, w)``, of the backbone's prediction type.
@@ -147,7 +147,10 @@ class Backbone(nn.Module):
         return conditioning.predict(self._counted_call, latents, timesteps)
 
     def predict_with(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Returns the prediction of a different network, called like `Backbone.denoiser`; otherwise like `predict`."""
+        """Returns the prediction of ``denoiser``, a network that is called like `Backbone.denoiser`.
+
+        The other arguments and the result are those of `predict`.
+        """
         return conditioning.predict(partial(self.call, denoiser), latents, timesteps)
 
     def _counted_call(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -160,7 +163,7 @@ class Backbone(nn.Module):
         return self.call(self._call[0], latents, timesteps, conditioning)
 
     def call(self, denoiser: Any, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Calls a network with the arguments of its model; implemented by subclasses, used by `predict`.
+        """Calls a network with the arguments that its forward pass takes; implemented by subclasses, used by `predict`.
 
         Args:
             denoiser: the network: `Backbone.denoiser`, a wrapper of it or a copy.
@@ -171,7 +174,7 @@ class Backbone(nn.Module):
         Returns:
             The prediction ``(b, c, h, w)``, in the dtype of the latents.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement call")
 
     def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
         """Combines conditional and unconditional predictions ``(b, c, h, w)`` by classifier-free guidance.
@@ -185,7 +188,7 @@ class Backbone(nn.Module):
         """Precomputes what the denoiser computes from the text alone, to save time in several calls of `predict`.
 
         Pass the returned conditioning to `predict`. It is valid while the weights and the training mode do not change.
-        If computed with gradient, it is valid for one backward pass. By default, ``conditioning`` itself is returned.
+        If computed with gradient, it is valid for one backward pass. The base class returns ``conditioning`` itself.
         """
         return conditioning
 
@@ -239,7 +242,7 @@ class Backbone(nn.Module):
     def use_cuda_graphs(self) -> None:
         """Makes `predict` replay calls without gradient as CUDA graphs; see `longalign.backbones.graphs`.
 
-        Call it after LoRAs are added and the weights are loaded, cast and moved: a graph keeps their addresses.
+        Call it after LoRAs are added and the weights are loaded, cast and moved: a graph keeps the weights' addresses.
 
         Raises:
             ValueError: if the denoiser is not on a CUDA device.
@@ -306,7 +309,7 @@ class Backbone(nn.Module):
 
         Args:
             config: settings of the new LoRA.
-            name: name of the new LoRA; see `unused_name`.
+            name: name of the new LoRA; `unused_name` returns a free one.
 
         Raises:
             ValueError: if a LoRA with this name already exists, or ``config.targets`` selects no layer.
@@ -353,7 +356,7 @@ class Backbone(nn.Module):
         return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
 
     def unused_weights(self) -> dict[str, nn.Parameter]:
-        """Returns the weights of the `unused_modules` by name."""
+        """Returns the denoiser's weights in the `unused_modules`, by name; empty if there are no such modules."""
         parameters = self.denoiser.named_parameters()
         return {name: parameter for name, parameter in parameters if is_part_of(name, self.unused_modules)}
 
@@ -389,9 +392,10 @@ class Backbone(nn.Module):
         self.denoiser.requires_grad_(False)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the denoiser's weights on the CPU as a state dict of diffusers, without an unmerged LoRA.
+        """Returns the denoiser's weights on the CPU, with the names that diffusers uses.
 
-        Of sharded weights (FSDP2), only the first process gets the values; see `longalign.sharding.gather_full`.
+        Merged LoRAs are included in the weights; an unmerged LoRA is left out. Of sharded weights (FSDP2), only the
+        first process gets values; see `longalign.sharding.gather_full`.
         """
         state = {}
         for key, tensor in self.denoiser.state_dict().items():

@@ -15,7 +15,7 @@ from longalign.registry import PartConfig, Section
 
 
 def vae_scale_factor(config: Mapping[str, Any]) -> int | None:
-    """Returns how many pixels wide and high a latent is, from the config of diffusers' VAE; None if unknown."""
+    """Returns the number of pixels per latent along each side of an image, from the VAE's config; None if unknown."""
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if blocks:
         return 2 ** (len(blocks) - 1)
@@ -26,8 +26,8 @@ def vae_scale_factor(config: Mapping[str, Any]) -> int | None:
 class LoraConfig(Section):
     """Low-rank updates of the denoiser's Linear and Conv2d layers (arXiv 2106.09685).
 
-    The update is ``scale * up @ down``. ``down`` is initialized with normal numbers of mean 0 and standard deviation
-    1/rank, and ``up`` with zeros, so the update is zero at the start.
+    The update is ``scale * up @ down``. ``down`` is initialized with normally distributed numbers of mean 0 and
+    standard deviation 1/rank, and ``up`` with zeros, so the update is zero at the start.
     """
 
     rank: int = Field(default=32, ge=1)
@@ -54,7 +54,7 @@ class LoraConfig(Section):
                 re.compile(targets)
             except re.error as error:
                 raise ValueError(
-                    f"expected a list of names or a regular expression, got {targets!r}: {error}"
+                    f"expected a list of names or a regular expression, got {targets!r}: {error}; correct it"
                 ) from None
         return targets
 
@@ -110,7 +110,7 @@ class DiffusersConfig(BackboneConfig):
         return read_json(self.checkpoint, join_subfolder(self.subfolder, f"{folder}/config.json"), self.revision)
 
     def number_of(self, key: str) -> int | None:
-        """Returns an integer of the denoiser's config; None if it is missing or the config is not on this machine."""
+        """Returns the integer ``key`` of the denoiser's config; None if key or config is missing on this machine."""
         value = self.config_of(self.component).get(key)
         return value if isinstance(value, int) else None
 
@@ -123,7 +123,7 @@ class DiffusersConfig(BackboneConfig):
         return vae_scale_factor(self.config_of("vae"))
 
     def native_resolution(self, layout: str | None = None) -> int:
-        """Returns the native width and height of an image in pixels, from the configs of denoiser and VAE.
+        """Returns the native width and height of a square image in pixels, from the configs of denoiser and VAE.
 
         The configs are downloaded if needed.
 
@@ -170,7 +170,10 @@ class TransformerConfig(DiffusersConfig):
 
 
 class ImageSizeConfig(TransformerConfig):
-    """Base class of the configs of transformers whose checkpoints contain no image size; tokens are 2 by 2 latents."""
+    """Base class of the configs of transformers whose checkpoints contain no image size, so that a config key sets it.
+
+    An image token is a patch of 2 by 2 latents.
+    """
 
     image_size: int = Field(default=1024, ge=16)
     """width and height in pixels of the square images that the model was trained for; the checkpoint does not contain
@@ -188,7 +191,7 @@ class ImageSizeConfig(TransformerConfig):
 
 
 class SampleSizeConfig(TransformerConfig):
-    """Base class of the configs of transformers whose checkpoints contain the size of latents and of patches."""
+    """Base class of the configs of transformers whose checkpoints contain the sizes of latents and patches."""
 
     def resolution(self) -> int:
         """Returns the native width and height of a square image in pixels, from the checkpoint's configs only."""

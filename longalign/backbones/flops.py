@@ -27,7 +27,7 @@ class FlopCount:
     Args:
         denoiser: a diffusers network.
         call: `Backbone.call`.
-        trains_weights: whether a backward pass computes the gradient of the weights, or of the latents only.
+        trains_weights: whether a backward pass computes the gradient of the weights; if False, of the latents only.
 
     Attributes:
         total: number of operations of all calls so far.
@@ -47,13 +47,13 @@ class FlopCount:
         self._counts: dict[Any, tuple[float, float]] = {}
 
     def add(self, latents: Tensor, conditioning: Conditioning) -> None:
-        """Adds the operations of one call on latents ``(b, c, h, w)``, with backward pass if gradient is enabled."""
+        """Adds to ``total`` one call on latents ``(b, c, h, w)``, with its backward pass if gradient is enabled."""
         self.total += self.of_call(latents, conditioning, torch.is_grad_enabled())
 
     def of_call(self, latents: Tensor, conditioning: Conditioning, backward: bool) -> float:
-        """Returns the number of operations of one call on latents ``(b, c, h, w)``.
+        """Returns the number of floating-point operations of one denoiser call on latents ``(b, c, h, w)``.
 
-        If ``backward``, this includes the operations of the backward pass.
+        If ``backward``, the operations of the backward pass are included.
         """
         pooled = None if conditioning.pooled is None else conditioning.pooled.shape[1:]
         key = latents.shape[1:], conditioning.states.shape[2:], pooled, backward

@@ -42,7 +42,7 @@ def flow_levels(
     if not (kind.startswith("FlowMatch") or scheduler.get("use_flow_sigmas")):
         raise ValueError(
             f"'{name}' expects a flow-matching scheduler (FlowMatchEulerDiscreteScheduler, or one with "
-            f"use_flow_sigmas), got '{kind}'; for Stable Diffusion 1, 2 or XL use 'sd' or 'sdxl'"
+            f"use_flow_sigmas), got '{kind}'; for Stable Diffusion 1, 2 or XL use the backbone 'sd' or 'sdxl'"
         )
     if scheduler.get("invert_sigmas"):
         raise ValueError(

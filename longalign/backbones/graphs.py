@@ -23,7 +23,7 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 
 def capture_cuda_graph(call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Captures a call as a CUDA graph; returns the function that replays the graph, and the tensor it writes to."""
+    """Captures a call as a CUDA graph; returns a function that replays it, and the tensor with a replay's result."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = call()

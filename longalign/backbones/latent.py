@@ -27,7 +27,7 @@ class LatentBackbone(Backbone):
         vae: the autoencoder; frozen by this class.
         prediction: prediction type of the denoiser: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
         noise_levels: scales of signal and noise at each training timestep.
-        resolution: native width and height in pixels; None computes it from the denoiser's ``sample_size``.
+        resolution: native side of square images in pixels; None computes it from the denoiser's ``sample_size``.
 
     Attributes:
         vae_scale_factor: number of pixels per latent along each side of an image.

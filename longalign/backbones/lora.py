@@ -41,7 +41,10 @@ class LoraWeights:
 
 
 def is_part_of(name: str, modules: str | None) -> bool:
-    """Returns whether a module or weight is, or is inside, one of those that a regular expression of names matches."""
+    """Whether the module or weight ``name`` is, or lies in, a module whose whole name matches ``modules``.
+
+    ``modules`` is a regular expression; None matches no module.
+    """
     return modules is not None and re.match(rf"(?:{modules})(?:\.|$)", name) is not None
 
 
@@ -109,14 +112,16 @@ def inject_lora(denoiser: Any, config: LoraConfig, name: str, unused: str | None
     Args:
         denoiser: network that gets the LoRA.
         config: settings of the LoRA.
-        name: peft's name of the LoRA; a network can have several.
-        unused: regular expression of modules whose layers get no LoRA; see `Backbone.unused_modules`.
+        name: peft's name of the LoRA; a network can have several LoRAs.
+        unused: regular expression of names of modules; layers in these modules get no LoRA, see
+            `Backbone.unused_modules`. None excludes no layer.
 
     Returns:
         The trainable float32 weights: of each layer the down projection, then the up projection.
 
     Raises:
-        ValueError: if ``config.targets`` selects no layer, see `lora_targets`, or only ``unused`` ones.
+        ValueError: if ``config.targets`` selects no layer (see `lora_targets`), or only layers in the modules of
+            ``unused``.
     """
     selected = lora_targets(denoiser, config.targets)
     targets = [target for target in selected if not is_part_of(target, unused)]
@@ -245,8 +250,8 @@ def temporarily_merged(
         denoiser: the network.
         name: name of the LoRA.
         dtype: dtype of the copies; None for the dtype of the base weights.
-        buffers: dict, at first empty, that keeps the copies by layer name. Passed again, it keeps them at the same
-            addresses, as CUDA graphs require. None frees the copies on exit.
+        buffers: dict, at first empty, that keeps the copies by layer name. If the dict is passed again, the copies have
+            the addresses of the previous ones, as CUDA graphs require. None frees the copies on exit.
     """
     layers = lora_layers(denoiser, name)
     device = next(denoiser.parameters()).device
@@ -284,10 +289,11 @@ def without_lora(denoiser: nn.Module, name: str) -> Iterator[None]:
 
 
 def concat_loras(loras: Sequence[LoraWeights]) -> dict[str, Tensor]:
-    """Concatenates LoRAs into one LoRA of scale 1 that equals their sum; returns its weights as in `LoraWeights`.
+    """Concatenates LoRAs into one LoRA of scale 1 whose update is the sum of their updates.
 
-    With down projections ``A`` and up projections ``B``, ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``. The scales are
-    multiplied into ``B``, and the ranks add up. The result is exact, also for convolutions.
+    The result has the keys of ``LoraWeights.state``. Down projections ``A`` and up projections ``B`` are stacked, as
+    ``B1 A1 + B2 A2 = [B1 B2] [A1; A2]``. The scales are multiplied into ``B``, and the ranks add up. The result is
+    exact, also for convolutions.
     """
     joined: dict[str, Tensor] = {}
     modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for lora in loras for key in lora.state)

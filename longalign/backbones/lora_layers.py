@@ -22,7 +22,7 @@ def fuse_forward(layer: Any, dropout: float = 0.0) -> None:
 
     Args:
         layer: a LoRA layer of peft, linear or convolution.
-        dropout: probability of dropout of the LoRA's output, which peft does not have; see
+        dropout: probability of dropout of the LoRA's output, a dropout that peft does not have; see
             `LoraConfig.dropout_placement`.
     """
     layer.__class__ = {Linear: FusedLinear, Conv2d: FusedConv2d}[type(layer)]
@@ -77,7 +77,7 @@ class _Fused:
 
 
 class FusedLinear(_Fused, Linear):
-    """LoRA layer of peft around a linear layer, with the fused forward pass."""
+    """LoRA layer of peft around a linear layer, with a fused forward pass: one product also adds the update."""
 
     def _merged_forward(self, x: Tensor, weight: Tensor) -> Tensor:
         layer: Any = self.get_base_layer()
@@ -94,7 +94,7 @@ class FusedLinear(_Fused, Linear):
 
 
 class FusedConv2d(_Fused, Conv2d):
-    """LoRA layer of peft around a 2D convolution, with the fused forward pass.
+    """LoRA layer of peft around a 2D convolution, with a fused forward pass as in `FusedLinear`.
 
     The down projection is a convolution with ``rank`` output channels, the up projection a 1x1 convolution.
     """

@@ -28,7 +28,7 @@ class ProjectedConditioning(Conditioning):
     """A conditioning with the keys and values that a denoiser computes from the hidden states of the text.
 
     Attributes:
-        keys_values: keys and values of each cross-attention layer, by the layer's name.
+        keys_values: name of each cross-attention layer -> its pair (keys, values).
         with_gradient: whether keys and values were computed with gradient. If not, denoiser calls with gradient ignore
             them and compute new ones.
     """
@@ -87,17 +87,17 @@ def _is_plain(layer: Any) -> bool:
 
 
 def project_text(unet: nn.Module, conditioning: Conditioning, dtype: torch.dtype) -> Conditioning:
-    """Computes keys and values from the states of a conditioning with the UNet's current weights.
+    """Computes the keys and values of the text in all cross-attention layers, with the UNet's current weights.
 
     Args:
         unet: a UNet.
-        conditioning: the conditioning.
-        dtype: dtype in which the UNet gets the states.
+        conditioning: conditioning with the hidden states of the text.
+        dtype: dtype to which the hidden states are cast first.
 
     Returns:
-        A `ProjectedConditioning`, or the given conditioning if keys and values cannot be reused. They cannot if the
-        conditioning is of a subclass, which may depend on the timestep, or if a projection has active dropout. They
-        cannot either if the UNet's attention layers do not use `TextAttention`; see `use_text_attention`.
+        A `ProjectedConditioning`, or ``conditioning`` itself if keys and values cannot be reused. This is so if the
+        conditioning is of a subclass of `Conditioning`, which may depend on the timestep, if a projection has active
+        dropout, or if an attention layer does not use `TextAttention`; see `use_text_attention`.
     """
     attention = [(name, module) for name, module in unet.named_modules() if isinstance(module, Attention)]
     if not all(isinstance(layer.processor, TextAttention) for _, layer in attention):

@@ -21,9 +21,9 @@ class EditedText:
 
     Attributes:
         text: ``(b, d)`` edited embeddings.
-        along: embeddings ``(b, d)`` or ``(d,)`` by name; the dot product of the image embedding with each of them is
-            logged under the name.
-        values: values ``(b,)`` to log, by name.
+        along: name -> embeddings ``(b, d)`` or embedding ``(d,)``. The dot product with the image embedding is logged
+            under the name.
+        values: name -> values ``(b,)`` to log.
     """
 
     text: Tensor
@@ -34,8 +34,8 @@ class EditedText:
 class Edit(nn.Module):
     """Base class of edits, functions of a reward's text embedding.
 
-    An edit has no trainable parameters. It may have buffers, which are saved for resuming. They may change in training
-    mode only, and in the same way in all processes (`Runtime.gather`).
+    An edit has no trainable parameters. It may have buffers, which are saved for resuming. Buffers may change in
+    training mode only, and must stay equal in all processes; compute them from tensors gathered by `Runtime.gather`.
     """
 
     #: whether the edited embedding depends on the common direction of text embeddings; then a batch without a common
@@ -45,19 +45,19 @@ class Edit(nn.Module):
     def forward(
         self, text: Tensor, prompts: Sequence[str], reward: EmbeddingReward, direction: Tensor | None
     ) -> EditedText:
-        """Edits the text embeddings of a batch.
+        """Edits the text embeddings of a batch; returns the edited embeddings and what to log.
 
         Args:
             text: ``(b, d)`` text embeddings of the prompts; must not be modified in place.
             prompts: b prompts.
             reward: the reward whose embeddings are edited, e.g. to embed further texts.
             direction: the common direction of text embeddings, a unit vector ``(d,)``; None if it is undefined, as for
-                a batch with one prompt. Never None if `needs_direction`.
+                a batch with one prompt. Never None if the edit's attribute `needs_direction` is True.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement forward")
 
     def check_reward(self, reward: EmbeddingReward, config: PartConfig | None = None) -> None:
-        """Checks that the edit fits a reward. Called once, after edit and reward are built; the default accepts all.
+        """Checks that the edit fits a reward. Called once, after both are built; the base class accepts all.
 
         Args:
             reward: the reward whose embeddings will be edited.

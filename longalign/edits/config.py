@@ -43,7 +43,7 @@ class DirectionConfig(EditConfig):
 
 
 class MeasuredConfig(EditConfig):
-    """Scales the component of the text embedding along a measured direction.
+    """Scales the component of the text embedding along a measured direction, which is read from a file.
 
     This is the direction in which image embeddings moved when a model was over-optimized for the reward.
     """

@@ -18,7 +18,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     an error, the temporary file is removed, and ``path`` is not changed.
 
     Raises:
-        OSError: if the file cannot be written, also for a `SafetensorError` or `RuntimeError` in the context.
+        OSError: if the file cannot be written. A `SafetensorError` or `RuntimeError` in the context becomes an OSError,
+            because torch and safetensors report a full disk in this way.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -28,7 +29,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, (SafetensorError, RuntimeError)):  # libraries report a full disk this way
-            raise OSError(f"cannot write {path}: {str(error).strip()}") from error
+            raise OSError(f"cannot write {path}: {str(error).strip()}; check the free disk space") from error
         raise
     sync(path.parent)
 

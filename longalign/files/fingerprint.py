@@ -16,7 +16,7 @@ BLOCK, BLOCKS = 4096, 256
 
 
 def fingerprints(config: Any, folders: Sequence[str], ask_hub: bool = True) -> dict[str, str | None]:
-    """Returns the `fingerprint` of each checkpoint that a config names, by path in the config.
+    """Returns the `fingerprint` of each checkpoint in a config: path of the config key -> fingerprint.
 
     A path is e.g. ``parts.0.checkpoint``.
 

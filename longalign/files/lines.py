@@ -55,7 +55,7 @@ def read_prompts(path: Path | str) -> list[str]:
     if path.suffix == ".jsonl":
         return [text_of(row, where) for where, row in read_jsonl(path)]
     if path.suffix != ".txt":
-        raise ValueError(f"expected a .txt or .jsonl file of prompts, got {path}")
+        raise ValueError(f"expected a .txt or .jsonl file of prompts, got {path}; convert the file")
     lines = read_text(path).split("\n")
     return [line.strip() for line in (lines[:-1] if not lines[-1] else lines)]
 
@@ -114,7 +114,10 @@ def read_csv(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def text_of(row: Mapping[str, Any], where: str) -> str:
-    """Returns the value of "text", or else of "prompt", of a row, without surrounding whitespace. None becomes "".
+    """Returns the text of a row, without surrounding whitespace: the value of "text", or of "prompt" without "text".
+
+    A value of None becomes an empty text.
+
 
     Raises:
         ValueError: if the row has neither key, or the value is not a string. The message starts with ``where``, the
@@ -126,7 +129,7 @@ def text_of(row: Mapping[str, Any], where: str) -> str:
             f"{where} has neither 'text' nor 'prompt'; available: {', '.join(row) or 'nothing'}. Add one of them"
         )
     if row[key] is not None and not isinstance(row[key], str):
-        raise ValueError(f"{where}: '{key}' must be a string, got {row[key]!r}")
+        raise ValueError(f"{where}: '{key}' must be a string, got {row[key]!r}; put a text in quotes")
     return check_text(row[key] or "", f"{where}: '{key}'").strip()
 
 

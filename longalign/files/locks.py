@@ -22,7 +22,7 @@ LOCK = ".lock"
 class Lock:
     """Exclusive lock of a folder, held until `release` or until this process ends or is killed.
 
-    On a file system without locks, it only warns.
+    On a file system that does not support locks, there is a warning and no lock.
 
     Args:
         output: the folder; created if missing.
@@ -51,5 +51,5 @@ class Lock:
             os.write(self.file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
     def release(self) -> None:
-        """Releases the lock. The lock file is kept: otherwise two processes could lock different files of this name."""
+        """Releases the lock. The lock file stays: if it were removed, two processes could lock different files."""
         self.file.close()

@@ -22,7 +22,10 @@ REWARD = "reward"
 
 
 def join_subfolder(subfolder: str | None, folder: str) -> str:
-    """Returns ``subfolder/folder``, or ``folder`` without a subfolder: the path of e.g. ``vae`` in a checkpoint."""
+    """Returns the path in a checkpoint of a folder such as ``vae``: ``subfolder/folder``.
+
+    Without a subfolder (None or empty), it is ``folder``.
+    """
     return f"{subfolder}/{folder}" if subfolder else folder
 
 
@@ -60,9 +63,9 @@ def check_folder(folder: Path) -> None:
 
 
 def check_unexported(folder: Path) -> None:
-    """Raises ValueError if a folder contains files of an export, or its path is a file.
+    """Raises ValueError if a folder contains files of an export, or if ``folder`` or one of its parents is a file.
 
-    The files are ``longalign.safetensors`` and the model card ``README.md``.
+    Files of an export are ``longalign.safetensors`` and the model card ``README.md``.
     """
     check_folder(folder)
     for name in (CHECKPOINT, CARD):

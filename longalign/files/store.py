@@ -163,7 +163,7 @@ class Store:
         """Writes the added entries that are not on disk yet as a shard.
 
         Raises:
-            ValueError: if their shapes, except for the first dimension, or their dtypes differ.
+            ValueError: if the tensors of one name differ in dtype, or in shape after the first dimension.
         """
         if not self._pending:
             return

@@ -29,11 +29,11 @@ CHECKSUM = "checksum"
 def reading(what: str | Path, advice: str = "download or copy it again") -> Iterator[None]:
     """Context manager: inside, an error of torch or safetensors about an unreadable file becomes a ValueError.
 
-    The library's own text is omitted where it recommends allowing a pickle to run code. Other errors are not changed.
+    torch's advice to allow a pickle to run code is left out of the message. Other errors are not changed.
 
     Args:
-        what: the file, with which the message starts.
-        advice: what the user can do, with which the message ends.
+        what: name of the file, at the start of the message.
+        advice: what the user can do, at the end of the message.
     """
     try:
         yield
@@ -92,9 +92,9 @@ def load_pretrained(
 
     Args:
         model_class: transformers class with ``from_pretrained``.
-        checkpoint: Hub id or local folder; None: the options contain ``config`` and ``state_dict``.
-        subfolder: subfolder of the checkpoint; empty: the checkpoint itself.
-        hint: what else the user may check, for the message if there is no such model.
+        checkpoint: Hub id or local folder; None if ``options`` contains ``config`` and ``state_dict``.
+        subfolder: subfolder of the checkpoint; empty for its top level.
+        hint: what else the user may check; part of the message if there is no such model.
         **options: further arguments of ``from_pretrained``.
 
     Raises:

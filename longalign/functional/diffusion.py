@@ -22,8 +22,8 @@ class NoiseLevels:
     Attributes:
         signal: ``(T,)`` float64: ``sqrt(alphas_cumprod)`` for variance-preserving models, ``1 - s`` for flow matching.
         noise: ``(T,)`` float64: ``sqrt(1 - alphas_cumprod)``, or ``s`` for flow matching.
-        num_timesteps: number of training timesteps; None if it is T. Entries after these belong to sampling schedules
-            of 1, 2, 3, ... steps; see ``terminal`` of `from_flow`, and `longalign.functional.sampling_timesteps`.
+        num_timesteps: number of training timesteps; None if it is T. Later entries belong to sampling schedules of 1,
+            2, 3, ... steps; see `from_flow` and `longalign.functional.sampling_timesteps`.
     """
 
     signal: Tensor
@@ -50,8 +50,8 @@ class NoiseLevels:
         eq. 23). At the last timestep, ``s`` is 1: pure noise.
 
         If ``terminal`` or ``schedule_shifts`` is given, the levels of the schedules of 1, 2, ..., ``num_timesteps``
-        sampling steps follow those of the training timesteps. Otherwise, sampling steps use the levels of the training
-        timesteps.
+        sampling steps are stored after those of the training timesteps. Otherwise, sampling steps use the levels of the
+        training timesteps.
 
         Args:
             num_timesteps: number of training timesteps.
@@ -137,10 +137,10 @@ def sample_timesteps(density: str, levels: NoiseLevels, count: int, device: torc
     """Samples random training timesteps ``(count,)``.
 
     Args:
-        density: ``"uniform"``, or ``"logit-normal"`` for ``sigmoid(n)`` with standard normal n, as a fraction of the
-            number of timesteps. The latter favours intermediate noise levels, which are hardest to predict (arXiv
-            2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
-        levels: noise levels of the model; their number is the number of training timesteps.
+        density: ``"uniform"`` or ``"logit-normal"``. With the latter, a timestep is the fraction ``sigmoid(n)`` of the
+            number of timesteps, with standard normal n. This favours intermediate noise levels, which are hardest to
+            predict (arXiv 2403.03206, section 3.1, eq. 19, m = 0 and s = 1).
+        levels: noise levels of the model; samples are from 0 to ``len(levels) - 1``.
         count: number of samples.
         device: device of the samples.
 
@@ -181,7 +181,7 @@ Guide = Callable[[Tensor, Tensor, float | Tensor], Tensor]
 
 
 def guided_steps(levels: NoiseLevels, timesteps: Sequence[int], interval: tuple[float, float] | None) -> list[bool]:
-    """Returns for each timestep whether guidance applies: at noise levels in an interval (arXiv 2404.07724).
+    """Returns for each timestep whether guidance applies: if its noise level is in an interval (arXiv 2404.07724).
 
     Args:
         levels: noise levels of the model.

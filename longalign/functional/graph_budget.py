@@ -33,7 +33,7 @@ class GraphBudget:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Context manager for one call: adds the memory of the tensors that autograd saves to ``used``."""
+        """Context manager for one network call: adds to ``used`` the memory of the tensors that autograd saves."""
         sizes: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Context manager that sets this random state, and on exit the state that was current before."""
+        """Context manager that sets this random state, and on exit restores the state from before."""
         before = RandomState.now(self.device)
         self.restore()
         try:
@@ -119,9 +119,9 @@ def rollout(
         solver: the sampling steps.
         grad_steps: indices, from 0, of the sampling steps that receive gradient.
         predict_no_grad: the network at all other steps, e.g. without dropout. None uses ``predict``.
-        keep: whether the recorded calls keep their autograd graphs. A `GraphBudget` keeps them as long as its memory
-            suffices. `replay_backward` does not recompute a call with a graph, which saves time but needs memory for
-            the activations.
+        keep: whether the recorded calls keep their autograd graphs: True for all, False for none, a `GraphBudget` for
+            those that fit into its memory. `replay_backward` does not recompute a call with a graph, which saves time
+            but needs memory for the activations.
         detach: for calls that keep their graphs, whether the network's inputs are detached. `replay_backward` must get
             the same value.
 

@@ -57,8 +57,8 @@ def sampling_timesteps(solver: str, levels: NoiseLevels, num_steps: int) -> tupl
     """Returns the sampling timesteps of a solver, as indices into the noise levels.
 
     By default, the result is that of `trailing_timesteps`. If ``levels`` also contain noise levels of sampling
-    schedules (see ``terminal`` of `NoiseLevels.from_flow`), the result is the indices of the schedule of ``num_steps``
-    steps. The solver ``"lcm"`` always gets trailing timesteps, because its models are distilled at these.
+    schedules (see `NoiseLevels.from_flow`), the result is the indices of the schedule of ``num_steps`` steps. The
+    solver ``"lcm"`` always gets trailing timesteps, because its models are distilled at these.
 
     Args:
         solver: ``"ddim"``, ``"dpm++"`` or ``"lcm"``.
@@ -255,8 +255,8 @@ def lcm(
         levels: noise levels of the model.
         timesteps: sampling timesteps, from the most to the least noise; see `sampling_timesteps`.
         prediction: prediction type: ``"epsilon"``, ``"v_prediction"`` or ``"flow"``.
-        sigma_data: ``d``; must be the value of the distillation.
-        timestep_scaling: ``u / t``; must be the value of the distillation.
+        sigma_data: constant ``d``; must be the value with which the model was distilled.
+        timestep_scaling: ratio ``u / t``; must be the value with which the model was distilled.
 
     Raises:
         ValueError: if the prediction type is unknown, or ``"epsilon"`` is used with a timestep without signal.

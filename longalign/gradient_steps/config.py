@@ -11,7 +11,8 @@ class GradientStepsConfig(PartConfig):
     def check_steps(self, num_steps: int) -> None:
         """Raises ValueError if no gradient steps can be selected among ``num_steps`` sampling steps.
 
-        E.g. if there are too few steps, or they cannot be divided into equal groups. The default accepts any number.
+        Examples are too few steps, or steps that cannot be divided into equal groups. The base class accepts any
+        number.
         """
 
     def detaches(self) -> bool:

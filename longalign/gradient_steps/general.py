@@ -108,7 +108,8 @@ class Last:
         k: number of gradient steps; None for all steps.
         detach: whether the denoiser's inputs at the gradient steps are detached.
         randint: ``randint(low, high)`` returns a random integer from low to high, both inclusive.
-        min_steps: if given, the number of gradient steps is random, from ``min_steps`` to ``k``; None: it is ``k``.
+        min_steps: if given, the number of gradient steps is sampled with ``randint``, from ``min_steps`` to ``k``; if
+            None, the number is ``k``.
         early_stop: sampling ends with a step sampled uniformly from the last ``early_stop`` steps; 1 disables the early
             stop.
         copies: number of re-noised copies of each sample; see `GradientSteps`.

@@ -100,7 +100,7 @@ class AlignPropConfig(GradientStepsConfig):
     """AlignProp (arXiv 2310.03739): a random number of steps at the end receive gradient.
 
     Gradient also flows through the denoiser's inputs to earlier ones of these steps. The number is sampled uniformly
-    for each batch.
+    from ``min_steps`` to ``max_steps`` for each batch.
     """
 
     target: ClassVar[str] = "longalign.gradient_steps.papers:AlignProp"

@@ -36,9 +36,9 @@ class FluxBackbone(FlowBackbone):
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
         scheduler: config of the model's diffusers scheduler.
-        resolution: native width and height in pixels.
-        guidance: guidance scale that the transformer is conditioned on. None is 3.5 for a transformer that takes a
-            guidance scale, such as FLUX.1-dev, and must be given for others.
+        resolution: native side of square images in pixels.
+        guidance: guidance scale that the transformer is conditioned on. None selects 3.5 if the transformer takes a
+            guidance scale, as that of FLUX.1-dev does. It must be None if the transformer takes none.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels, the scheduler is not supported, or

@@ -13,7 +13,8 @@ class FluxConfig(ImageSizeConfig):
     """FLUX.1, or any model with the same layout: a transformer trained with flow matching.
 
     FLUX.1-dev is distilled from a guided model and takes the guidance scale as an input, here ``guidance``. It is
-    sampled without classifier-free guidance: set the trainer's key ``guidance`` and the option ``--guidance`` to 1.
+    sampled without classifier-free guidance: set the trainer's key ``guidance`` and the command-line option
+    ``--guidance`` to 1.
     """
 
     target: ClassVar[str] = "longalign.backbones.flux.backbone:FluxBackbone"

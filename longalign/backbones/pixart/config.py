@@ -10,8 +10,7 @@ from longalign.backbones.config import SampleSizeConfig
 class PixArtConfig(SampleSizeConfig):
     """PixArt-alpha, PixArt-Sigma, or any model with the same layout: a transformer with cross-attention to T5's output.
 
-    Use it with the encoder ``t5``, with the model's checkpoint, ``mask: true`` and ``max_tokens: 120`` (alpha) or 300
-    (Sigma).
+    Its encoder is ``t5`` with the model's checkpoint, ``mask: true`` and ``max_tokens`` 120 (alpha) or 300 (Sigma).
     """
 
     target: ClassVar[str] = "longalign.backbones.pixart.backbone:PixArtBackbone"

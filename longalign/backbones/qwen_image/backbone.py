@@ -32,7 +32,7 @@ class QwenImageBackbone(FlowBackbone):
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
         scheduler: config of the model's diffusers scheduler.
-        resolution: native width and height in pixels.
+        resolution: native side of square images in pixels.
 
     Raises:
         ValueError: if transformer and VAE have different numbers of channels, the transformer is not one for text to

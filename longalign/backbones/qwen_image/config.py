@@ -10,7 +10,7 @@ from longalign.backbones.config import ImageSizeConfig
 class QwenImageConfig(ImageSizeConfig):
     """Qwen-Image, or any model with the same layout: a transformer trained with flow matching.
 
-    Use it with the encoder ``llm``, with the model's checkpoint and prompt template, and ``prefix: none``. As in
+    Its encoder is ``llm`` with the model's checkpoint, the model's prompt template and ``prefix: none``. As in
     diffusers' pipeline, the guided prediction of each image token is scaled to the norm of the conditional prediction.
     By default, a LoRA is on all attention layers. Layers of the last block that only change the text, which is not used
     after it, are not trained.

@@ -21,14 +21,14 @@ from longalign.runtime import Runtime
 class SanaBackbone(FlowBackbone):
     """Sana's transformer and autoencoder.
 
-    The transformer is conditioned on ``T s`` at noise level s, times ``timestep_scale`` of its config, with T training
-    timesteps. The autoencoder is deterministic, so the standard deviation of its latents is 0.
+    At noise level s, the transformer is conditioned on ``T s timestep_scale``, with T training timesteps and
+    ``timestep_scale`` of its config. The autoencoder is deterministic, so the standard deviation of its latents is 0.
 
     Args:
         transformer: the denoiser.
         vae: the autoencoder; frozen by this class.
         scheduler: config of the model's diffusers scheduler.
-        resolution: native width and height in pixels; None computes it from the transformer's ``sample_size``.
+        resolution: native side of square images in pixels; None computes it from the transformer's ``sample_size``.
 
     Raises:
         ValueError: if transformer and autoencoder have different numbers of channels, the transformer takes a guidance

@@ -10,8 +10,8 @@ from longalign.backbones.config import SampleSizeConfig
 class SanaConfig(SampleSizeConfig):
     """Sana, Sana-1.5, or any model with the same layout: linear attention, and cross-attention to Gemma's output.
 
-    Use it with the encoder ``llm``, with the model's checkpoint and prompt template, ``prefix: first`` and
-    ``lowercase: true``.
+    Its encoder is ``llm`` with the model's checkpoint, the model's prompt template, ``lowercase: true`` and
+    ``prefix: first``.
     """
 
     target: ClassVar[str] = "longalign.backbones.sana.backbone:SanaBackbone"

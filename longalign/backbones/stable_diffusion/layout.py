@@ -19,7 +19,7 @@ def network_configs(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the configs of denoiser and VAE, in this order.
 
-    Of a folder or Hub id, no weights are read.
+    If the checkpoint is a folder or Hub id, no weights are read.
 
     Args:
         checkpoint: folder in diffusers layout, Hub id, or a single ``.safetensors`` file.

@@ -21,7 +21,7 @@ from longalign.sharding import is_sharded
 
 
 class SDBackbone(LatentBackbone):
-    """Stable Diffusion's UNet, conditioned on text through cross-attention only, and VAE.
+    """Stable Diffusion's UNet and VAE. The UNet is conditioned on the text through cross-attention only.
 
     Args:
         unet: the denoiser.
@@ -48,8 +48,8 @@ class SDBackbone(LatentBackbone):
         if unet.config.addition_embed_type or unet.config.class_embed_type:
             raise ValueError(
                 "'sd' expects a UNet of Stable Diffusion 1.x or 2.x, conditioned on text only, got addition_embed_type="
-                f"{unet.config.addition_embed_type}, class_embed_type={unet.config.class_embed_type}; use 'sdxl' for "
-                "Stable Diffusion XL, or a different checkpoint"
+                f"{unet.config.addition_embed_type}, class_embed_type={unet.config.class_embed_type}; use the "
+                "backbone 'sdxl' for Stable Diffusion XL, or a different checkpoint"
             )
 
     @classmethod
@@ -120,7 +120,8 @@ def scheduler_constants(config: dict[str, Any]) -> tuple[Tensor, str]:
     check_linear_sampling({**config, **scheduler.config})
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
-            f"'sd' expects a scheduler with alphas_cumprod, but {name} has none; for Stable Diffusion 3 use 'sd3'"
+            f"'sd' expects a scheduler with alphas_cumprod, but {name} has none; for Stable Diffusion 3 use the "
+            "backbone 'sd3'"
         )
     return scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon")
 
@@ -130,7 +131,7 @@ def empty_unet(checkpoint: str, settings: dict[str, Any] | None = None, revision
 
     Args:
         checkpoint: Hub id or local folder; only ``unet/config.json`` is read.
-        settings: config of the UNet; if given, no file is read.
+        settings: config of the UNet, used instead of that of the checkpoint; None reads the checkpoint's.
         revision: branch, tag or commit on the Hub; None for the default branch.
     """
     if settings is None:

@@ -18,7 +18,8 @@ class SDXLBackbone(SDBackbone):
 
     Besides the text, the UNet is conditioned on six numbers in pixels (arXiv 2307.01952, section 2.2): the original
     height and width of an image, the top and left of the crop, and the current height and width. As by default in
-    diffusers' pipeline, the original size equals the current size and the crop starts at 0, 0.
+    diffusers' pipeline, the original size equals the current size and the crop starts at 0, 0. The arguments are those
+    of `SDBackbone`.
     """
 
     @staticmethod
@@ -45,12 +46,17 @@ class SDXLBackbone(SDBackbone):
 
     @property
     def pooled_width(self) -> int:
-        """Width of the pooled text embedding that the UNet expects, without its embeddings of sizes and crop."""
+        """Width of the pooled text embedding that the UNet expects.
+
+        The embeddings of image size and crop, which the UNet adds itself, do not count.
+        """
         config = self.denoiser.config
         return config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
 
     def extra_model_kwargs(self, conditioning: Conditioning, latents: Tensor) -> dict[str, Any]:
-        """Returns the UNet's ``added_cond_kwargs``: pooled embedding and ``time_ids``, the six sizes of the image.
+        """Returns the UNet's argument ``added_cond_kwargs``.
+
+        It contains the pooled embedding and ``time_ids``, the six numbers that `SDXLBackbone` describes.
 
         Raises:
             ValueError: if the pooled embedding is missing or has the wrong width.

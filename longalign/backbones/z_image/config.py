@@ -10,8 +10,8 @@ from longalign.backbones.config import ImageSizeConfig
 class ZImageConfig(ImageSizeConfig):
     """Z-Image, Z-Image-Turbo, or any model with the same layout: a transformer trained with flow matching.
 
-    Use it with the encoder ``llm``, with the model's checkpoint and ``layer: -2``. Z-Image-Turbo is sampled without
-    guidance: set the trainer's key ``guidance`` and the option ``--guidance`` to 1. A guidance scale s of diffusers'
+    Its encoder is ``llm`` with the model's checkpoint and ``layer: -2``. Z-Image-Turbo is sampled without guidance: set
+    the trainer's key ``guidance`` and the command-line option ``--guidance`` to 1. A guidance scale s of diffusers'
     Z-Image pipeline is 1 + s here.
     """
 
