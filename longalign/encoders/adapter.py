@@ -24,7 +24,7 @@ class Adapter(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Maps states ``(b, n, in_dim)`` to ``(b, n, out_dim)``, each position separately."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement forward, or override adapt")
 
     def adapt(self, conditioning: Conditioning) -> Conditioning:
         """Returns ``conditioning`` with its states mapped to width ``out_dim``; masked states become zero.

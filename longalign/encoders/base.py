@@ -23,8 +23,8 @@ class PromptReport:
         segments: encoded texts, in order: the segments of the prompt, or one text per forward pass.
         tokens: number of tokens of each text in ``segments``, without special tokens such as ``<sot>`` and ``<eot>``.
         truncated: text dropped by truncation; empty if the whole prompt was encoded.
-        parts: one report per inner encoder if the encoder combines several, otherwise empty. The other fields then
-            combine those of all inner encoders; see `longalign.encoders.concat.merge_reports`.
+        parts: one report per inner encoder if the encoder combines several; empty for other encoders. The other fields
+            merge those of all ``parts``; see `longalign.encoders.concat.merge_reports`.
     """
 
     segments: tuple[str, ...]
@@ -89,7 +89,10 @@ class Conditioning:
         return replace(self, **{entry.name: tree_map(apply, getattr(self, entry.name)) for entry in fields(self)})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Returns a copy on ``device`` and in ``dtype``; None keeps the present one. Only floating tensors are cast."""
+        """Returns a copy on ``device`` and in ``dtype``. None keeps the present device or dtype.
+
+        Only floating-point tensors are cast.
+        """
         return self.map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
 
     def __getitem__(self, index: slice | Tensor) -> Conditioning:
@@ -143,7 +146,8 @@ def raise_or_warn_truncated(
         overflow: ``"error"`` raises; any other value warns.
         limit: the maximum length for the message, e.g. "240 tokens".
         advice: end of the message: how to avoid truncation, as an imperative.
-        stacklevel: passed to `warnings.warn`; the default points at the code that called ``encode``.
+        stacklevel: passed to `warnings.warn`. If ``encode`` calls this function directly, the default points at the
+            code that called ``encode``.
 
     Raises:
         ValueError: if a prompt was truncated and ``overflow`` is ``"error"``.
@@ -180,14 +184,14 @@ class Encoder(nn.Module):
             ValueError: if ``prompts`` is a single text or empty, or if a prompt is too long and the encoder was built
                 with ``overflow="error"``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement encode")
 
     def report(self, prompts: Sequence[Prompt]) -> list[PromptReport]:
         """Returns what `encode` would encode and truncate, one report per prompt, without running a model.
 
         Truncated prompts cause neither a warning nor an error.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement report")
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Returns the parameters of the adapters by name: all that require gradient or were frozen by `train_adapter`.

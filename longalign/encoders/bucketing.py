@@ -10,10 +10,10 @@ CALL_COST = 64
 
 
 def group_by_length(lengths: Sequence[int], *, limit: int, call_cost: int = CALL_COST) -> list[list[int]]:
-    """Groups token sequences (rows) of similar length into calls, so that padding plus overhead is minimal.
+    """Groups token sequences (rows) of similar length into calls of a text model, so that the total cost is minimal.
 
-    The rows of a group are padded to the longest one. The cost of a grouping is the number of token positions,
-    including padding, plus ``call_cost`` per call. A group of more than ``limit`` positions needs several calls.
+    The cost is the number of token positions, including padding to the longest row of each group, plus ``call_cost``
+    per call. A group is one call, or several if it has more than ``limit`` positions.
 
     Args:
         lengths: number of tokens of each row, at least 1.

@@ -54,8 +54,8 @@ def build_cached(config: EncoderConfig, stores: Iterator[Store], runtime: Runtim
 class CachedEncoder(Encoder):
     """Reads the states of prompts from a store and applies the adapter, if any.
 
-    The conditioning has the shape that the encoder with text models returns: the states of a prompt are padded to the
-    length of the encoded empty prompt, or to that of the longest prompt in the batch if it is greater.
+    The conditioning has the shape that the encoder with text models returns: the states are padded to the length of the
+    encoded empty prompt or of the longest prompt in the batch, whichever is greater. `report` is not available.
 
     Args:
         store: store with the output of `entries`, including the entry of the empty prompt.
@@ -64,7 +64,8 @@ class CachedEncoder(Encoder):
         key: name of the attribute that holds the adapter. It is part of the adapter's weight names in checkpoints.
 
     Raises:
-        ValueError: if the empty prompt is not in the store; from ``encode``, if a prompt is not.
+        ValueError: if the store does not contain the empty prompt. `encode` raises it if the store does not contain one
+            of the prompts, and `report` always.
     """
 
     def __init__(self, store: Store, adapter: Adapter | None, *, device: str, key: str = "adapter"):
@@ -111,10 +112,10 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
         length: number of states of the encoded empty prompt; None when encoding the empty prompt itself.
 
     Returns:
-        One dict of tensors per prompt. ``states`` ``(k, d)``: with a mask, the unmasked states. Without a mask, the
-        states of the prompt and, if the prompt can be padded, one padding state; equal states at the end count as
-        padding. ``length`` ``(1,)``: number of states with padding. ``real`` ``(1,)``: number of unmasked states; only
-        with a mask. ``pooled`` ``(p,)``: pooled embedding; only if the encoder returns one.
+        One dict of tensors per prompt. ``states`` ``(k, d)``: if the encoder returns a mask, the unmasked states. If it
+        returns none, the states of the prompt and, if the prompt can be padded, one padding state; equal states at the
+        end count as padding. ``length`` ``(1,)``: number of states with padding. ``real`` ``(1,)``: number of unmasked
+        states; only with a mask. ``pooled`` ``(p,)``: pooled embedding; only if the encoder returns one.
 
     Raises:
         ValueError: if the conditioning is not static (see `Conditioning.is_static`), masks other positions than those
@@ -134,8 +135,8 @@ def entries(encoder: Encoder, prompts: Sequence[str], length: int | None) -> lis
             real = int(conditioning.mask[i].sum())
             if not bool(conditioning.mask[i, :real].all()):
                 raise ValueError(
-                    f"expected a mask of padding at the end only, got masked states before others for the prompt "
-                    f"{prompts[i][:60]!r}, which cannot be cached; set cache.prompts to false"
+                    f"expected a mask of padding at the end only, got masked states before unmasked ones for the "
+                    f"prompt {prompts[i][:60]!r}, which cannot be cached; set cache.prompts to false"
                 )
             padded_length = max(real, length or states.shape[0])
             states, entry["real"] = states[:real], torch.tensor([real])

@@ -25,8 +25,8 @@ class ConcatEncoder(Encoder):
         parts: encoders with states of equal width d.
 
     Raises:
-        ValueError: if ``parts`` is empty, or the widths differ; from ``encode``, if several encoders return a pooled
-            embedding.
+        ValueError: if ``parts`` is empty, or the widths differ. ``encode`` raises it if several encoders return a
+            pooled embedding.
     """
 
     def __init__(self, parts: Sequence[Encoder]):
@@ -46,7 +46,10 @@ class ConcatEncoder(Encoder):
     def from_config(
         cls, config: ConcatConfig, runtime: Runtime, parts: Sequence[Encoder] | None = None
     ) -> ConcatEncoder:
-        """Concatenates the built encoders ``parts``; if None, those built from the configs in ``config.parts``."""
+        """Returns a `ConcatEncoder` of ``parts``, encoders that are built already.
+
+        If ``parts`` is None, the encoders are built from the configs in ``config.parts``.
+        """
         return cls([encoders.construct(part, runtime) for part in config.parts] if parts is None else parts)
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
@@ -74,9 +77,10 @@ def merge_reports(reports: Sequence[PromptReport]) -> PromptReport:
 
 
 def join(parts: Sequence[Conditioning]) -> Conditioning:
-    """Concatenates conditionings of the same prompts along the sequence axis.
+    """Concatenates conditionings of the same prompts along the sequence axis: states ``(b, n1 + n2 + ..., d)``.
 
-    Returns a `JoinedConditioning` if any of the conditionings depends on the timestep.
+    If any conditioning has a mask, the merged mask is True for the states of conditionings without a mask. Returns a
+    `JoinedConditioning` if any conditioning depends on the timestep, otherwise a plain `Conditioning`.
 
     Raises:
         ValueError: if more than one conditioning has a pooled embedding, or one of them combines several predictions
@@ -115,8 +119,8 @@ def _join_dynamic(parts: Sequence[Conditioning], reports: tuple[PromptReport, ..
 class JoinedConditioning(Conditioning):
     """Concatenation of conditionings of which at least one depends on the timestep.
 
-    `at` concatenates the states of a timestep. The attribute ``states`` is empty, ``(b, 0, d)``, since the parts may
-    have different widths before `at`.
+    Read the states from the result of `at`, which concatenates those of all ``parts`` at the given timesteps. The
+    attribute ``states`` is empty, ``(b, 0, d)``, since the parts may have different widths before `at`.
 
     Attributes:
         parts: the conditionings to concatenate, of the same prompts.

@@ -32,7 +32,7 @@ def pad_with_last(indices: Sequence[Tensor], min_length: int = 0) -> list[Tensor
 def autocast_disabled(device: torch.device) -> torch.autocast:
     """Returns a context manager that disables autocast, so that a frozen model runs in the dtype of its weights.
 
-    The states then equal cached states, and T5 in half precision keeps its float32 layers.
+    Caches are made without autocast, so the states equal cached ones. T5 in half precision keeps its float32 layers.
     """
     return torch.autocast(device.type, enabled=False)
 

@@ -20,7 +20,8 @@ def subfolders(checkpoint: str, subfolder: str | None, revision: str | None) -> 
     """Returns the subfolders of the text model and of the tokenizer in a checkpoint; ``""`` is the top level.
 
     A diffusers checkpoint has ``text_encoder`` and ``tokenizer``, and possibly ``text_encoder_2`` and ``tokenizer_2``.
-    A transformers checkpoint has the files of text model and tokenizer at the top level.
+    A transformers checkpoint has the files of text model and tokenizer at the top level. The tokenizer's subfolder is
+    that of the text model with ``tokenizer`` in place of ``text_encoder``.
 
     Args:
         checkpoint: Hub id or local folder.
@@ -113,13 +114,15 @@ def load_tokenizer(checkpoint: str, subfolder: str, revision: str | None) -> Any
         except AttributeError:  # transformers 4 expects a mapping, transformers 5 saves a list
             return AutoTokenizer.from_pretrained(checkpoint, **options, extra_special_tokens={})
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer in {location}, check its files: {error}") from error
+        raise ValueError(f"cannot load the tokenizer in {location}; check its files: {error}") from error
 
 
 def load_text_model(
     model_class: type, config: CheckpointConfig, subfolder: str | None, runtime: Runtime
 ) -> tuple[Any, Any]:
     """Loads the text model and tokenizer of an encoder's checkpoint; returns ``(model, tokenizer)``.
+
+    The model is frozen and in eval mode.
 
     Args:
         model_class: transformers class of the text model.

@@ -40,9 +40,9 @@ def pipeline_encoder(pipe: Any) -> Iterator[Encoder]:
     """Context manager that yields a longalign encoder for long prompts with the text encoders of a pipeline.
 
     The encoder uses the pipeline's text encoders and tokenizers without copying them. Segments are whole sentences,
-    packed to at most 40 tokens, and only the first keeps the state of its start token. Within the context, the text
-    encoders are frozen and in eval mode; their ``requires_grad`` and training mode are restored on exit. The encoder
-    is built at each use, so that it includes any change of the text encoders, e.g. a LoRA.
+    packed to at most 40 tokens; only the first segment keeps the state of its start token. Within the context, the text
+    encoders are frozen and in eval mode; their ``requires_grad`` and training mode are restored on exit. Each ``with``
+    statement builds a new encoder, so that changes of the text encoders before it, e.g. a LoRA, take effect.
 
     Args:
         pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or 3 or FLUX.1, or a variant such as ControlNet.

@@ -73,7 +73,7 @@ class VLM(nn.Module):
 
         An answer is one of the request's options, or None if the model's reply contains none of the options.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must implement answers")
 
 
 def option_in(reply: str, options: Sequence[str]) -> str | None:

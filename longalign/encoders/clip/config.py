@@ -206,7 +206,7 @@ class T5FluxConfig(CheckpointConfig):
 
 
 class ClipTruncateConfig(LoadedConfig, SingleFileConfig):
-    """Encodes the whole prompt with CLIP, truncated to 77 tokens, as in Stable Diffusion."""
+    """Encodes the whole prompt with CLIP, by default truncated to 77 tokens, as in Stable Diffusion."""
 
     target: ClassVar[str] = "longalign.encoders.clip.truncate:ClipTruncateEncoder"
 

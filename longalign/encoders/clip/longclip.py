@@ -24,7 +24,8 @@ class LongClipEncoder(ClipTruncateEncoder):
         """Loads the text model and tokenizer from a published ``.pt`` file, a folder or a Hub repository.
 
         Raises:
-            ValueError: if the checkpoint does not exist, or if the text model has at most 77 positions, as CLIP has.
+            ValueError: if the checkpoint does not exist or is incomplete, or if the text model has at most 77
+                positions, as CLIP has.
         """
         checkpoint, revision = resolve_checkpoint(config.checkpoint), config.revision
         tokenizer_source, path = checkpoint, None

@@ -30,13 +30,13 @@ class ClipSegmentSD3Encoder(Encoder):
 
     Args:
         clips: encoder with the two CLIPs, both with a projection.
-        t5: encoder with T5; None to use zero states instead.
-        num_zeros: number of zero states per prompt if ``t5`` is None, 256 in the diffusers pipeline; 0 otherwise.
+        t5: encoder with T5; None to append ``num_zeros`` zero states instead.
+        num_zeros: number of zero states per prompt, 256 in the diffusers pipeline without T5. Must be 0 with ``t5``.
         width: width of the returned states; 4096 in the published models.
 
     Raises:
-        ValueError: if T5's width is not ``width``, if the CLIPs' states are wider than ``width``, or if both ``t5`` and
-            ``num_zeros`` are given.
+        ValueError: if T5's width is not ``width``, if the CLIPs' states are wider than ``width``, or if
+            ``num_zeros`` is not 0 although ``t5`` is given.
     """
 
     def __init__(self, clips: ClipSegmentSDXLEncoder, t5: T5Encoder | None, *, num_zeros: int, width: int):
@@ -45,7 +45,7 @@ class ClipSegmentSD3Encoder(Encoder):
             widths = f"{clips.dim} from the two CLIPs" + (f" and {t5.dim} from T5" if t5 is not None else "")
             raise ValueError(
                 f"expected states of width {width} from T5 and at most {width} from CLIP, got {widths}; set "
-                "'width' to T5's"
+                "'width' to the denoiser's joint_attention_dim, and use a T5 of that width"
             )
         if t5 is not None and num_zeros:
             raise ValueError(f"expected either T5 or num_zeros, got both T5 and num_zeros={num_zeros}; pass only one")

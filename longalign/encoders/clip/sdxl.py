@@ -45,10 +45,10 @@ class PenultimateEncoder(ClipSegmentEncoder):
 
 
 class ProjectedEncoder(PenultimateEncoder):
-    """Encodes segments like `PenultimateEncoder`, and also returns pooled embeddings.
+    """Encodes segments like `PenultimateEncoder`, with pooled embeddings. Use `states_and_pooled`, not ``encode``.
 
-    The pooled output of a text is the state of the last layer at ``<eot>``, after the final layer norm and the text
-    projection.
+    The pooled output of a text is the state of the last layer at the end token ``<eot>``, after the final layer norm
+    and the text projection.
     """
 
     def states_and_pooled(
@@ -67,7 +67,7 @@ class ProjectedEncoder(PenultimateEncoder):
 
 
 class ClipSegmentSDXLEncoder(Encoder):
-    """Encodes segments with CLIP-L and OpenCLIP-bigG, and concatenates the segments as `ClipSegmentEncoder` does.
+    """Encodes segments with CLIP-L and OpenCLIP-bigG, and concatenates their states as `ClipSegmentEncoder` does.
 
     The states of both penultimate layers are concatenated along the channel axis to width 768 + 1280. The pooled
     embedding is bigG's, of width 1280. If both CLIPs have a projection, as in Stable Diffusion 3, both pooled
@@ -176,9 +176,10 @@ class ClipSegmentSDXLEncoder(Encoder):
 def load_clip_pair(
     config: TwoClipsConfig, runtime: Runtime, first_class: type, layout: str | None
 ) -> tuple[list[nn.Module], list[Any]]:
-    """Loads ``text_encoder`` and ``text_encoder_2``; returns the list of both models and that of both tokenizers.
+    """Loads ``text_encoder`` and ``text_encoder_2`` with their tokenizers.
 
-    ``first_class`` is the transformers class of ``text_encoder``; ``layout`` is explained in `load_clip_text_model`.
+    Returns ``(models, tokenizers)``, two lists of two. ``first_class`` is the transformers class of ``text_encoder``;
+    that of ``text_encoder_2`` is ``CLIPTextModelWithProjection``. `load_clip_text_model` explains ``layout``.
     """
     classes = {"text_encoder": first_class, "text_encoder_2": CLIPTextModelWithProjection}
     loaded = [

@@ -51,12 +51,12 @@ class SegmentPlan:
 class ClipSegmentEncoder(Encoder):
     """Encodes each segment of a prompt separately with a frozen CLIP text model and concatenates the states in order.
 
-    A segment is a short text, such as a sentence. Every segment becomes ``<sot> tokens <eot>``; ``sot`` and ``eot``
-    select which states of these special tokens are kept. The concatenated states are padded to ``max_tokens``.
-    LongAlign's published model (arXiv 2410.11817, appendix A) keeps every ``<sot>``, drops every ``<eot>`` and pads
-    with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty prompt, or of the
-    same fraction if the text model has a different window (number of positions). The empty prompt is encoded as one
-    ``<sot>`` followed by ``<pad*>``.
+    A segment is a short text, such as a sentence. Every segment becomes ``<sot> tokens <eot>``, with CLIP's start and
+    end token; ``sot`` and ``eot`` select which states of these two are kept. The concatenated states are padded to
+    ``max_tokens``. LongAlign's published model (arXiv 2410.11817, appendix A) keeps every ``<sot>``, drops every
+    ``<eot>`` and pads with one vector ``<pad*>``. That vector is the mean of the last 60 of the 77 states of the empty
+    prompt, or of the same fraction if the text model has a different window (number of positions). The empty prompt is
+    encoded as one ``<sot>`` followed by ``<pad*>``.
 
     With ``context``, the text model reads some preceding segments before each segment, as
     ``<sot> context tokens <eot>``, and the states of the context are dropped. References to an earlier segment ("It is
@@ -75,7 +75,8 @@ class ClipSegmentEncoder(Encoder):
         pad: how states are padded. ``"pad*"`` repeats ``<pad*>``. ``"pad"`` uses the empty prompt's state at the same
             position; beyond the window, its last state. ``"none"`` pads to the longest prompt of the batch, with a
             mask.
-        max_tokens: number of states to which shorter prompts are padded.
+        max_tokens: number of states to which shorter prompts are padded; with ``pad="none"``, only the limit for
+            ``overflow``.
         overflow: what to do with prompts of more than ``max_tokens`` states: ``"grow"`` pads the batch to the longest
             prompt, ``"truncate"`` truncates with a warning, ``"error"`` raises.
         truncate_segments: whether a segment longer than the window is truncated with a warning. If False, it is split

@@ -37,11 +37,11 @@ def load_clip_text_model(
     Args:
         model_class: transformers class of the text model.
         config: the encoder's config; gives checkpoint, revision and variant.
-        subfolder: subfolder of the text model, ``text_encoder`` or ``text_encoder_2`` for a single file. None selects
-            ``text_encoder``; for a folder or repository without it, the top level.
+        subfolder: subfolder of the text model; for a single file, ``text_encoder`` or ``text_encoder_2``. None selects
+            ``text_encoder``, or the top level of a folder or repository that has no ``text_encoder``.
         runtime: device and dtype of the model.
-        layout: for a single file, Hub id or folder in diffusers layout with a matching config and tokenizer. None uses
-            the published model that has the file's weight names.
+        layout: for a single file, Hub id or folder in diffusers layout, whose text-model config and tokenizer are used.
+            None: Stable Diffusion 1.5, 2.1 or XL from the Hub, whichever has the file's weight names.
 
     Raises:
         FileNotFoundError: if the file does not exist.
