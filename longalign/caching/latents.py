@@ -33,10 +33,15 @@ def has_latents(config: RunConfig) -> bool:
 
 
 def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
-    """Opens the store of a run's latents; raises the errors of `Store`.
+    """Opens and returns the store of a run's latents.
 
-    The store's ``identity`` contains the settings that determine the latents. ``options`` are further keyword arguments
-    of `Store`.
+    The store's ``identity`` (see `longalign.files.store.Store`) contains the settings that determine the latents.
+    ``options`` are further keyword arguments of `Store`, e.g. ``writable``.
+
+    Raises:
+        StaleCache: if the store was made with different settings.
+        FileNotFoundError: if there is no store, and ``writable`` is not True.
+        ValueError: if a file of the store is damaged.
     """
     assert config.cache is not None and config.data is not None and config.backbone is not None
     # The key `dtype` applies to the denoiser only, not to the autoencoder.
@@ -53,7 +58,7 @@ def latent_store(config: RunConfig, runtime: Runtime, **options: Any) -> Store:
 def make_latents(
     config: RunConfig, data: Data, runtime: Runtime, batch_size: int, shard_bytes: int, progress: bool
 ) -> tuple[int, int]:
-    """Encodes the images of ``data`` that are not cached yet, split over all processes.
+    """Encodes, with the run's autoencoder, the images of ``data`` that are not cached yet, split over all processes.
 
     Args:
         config: the run's config.

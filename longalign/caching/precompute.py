@@ -108,7 +108,7 @@ def require_indexed(data: Data | Stream, config: RunConfig) -> Data:
 
 
 def cached_data(config: RunConfig, data: Data, runtime: Runtime) -> Data:
-    """Returns the data with cached posteriors of the autoencoder instead of images.
+    """Returns the data with the autoencoder's cached posteriors (mean and standard deviation) instead of images.
 
     If the run does not cache latents, returns ``data`` unchanged.
 

@@ -19,9 +19,10 @@ def writer_options(runtime: Runtime, shard_bytes: int) -> dict[str, Any]:
 
 
 def gather_rows(rows: torch.Tensor, count: int, runtime: Runtime) -> torch.Tensor:
-    """Returns the rows ``(count, ...)`` of all items in order, gathered from all processes.
+    """Gathers rows from all processes; returns ``(count, ...)``, one row per item, in the order of the items.
 
-    ``rows`` holds one row per item of this process: process r of n has items r, r + n, r + 2n, ...
+    ``count`` is the number of items of all processes together. ``rows`` holds one row per item of this process: process
+    r of n has items r, r + n, r + 2n, ...
     """
     padding = rows.new_zeros((-(-count // runtime.world_size) - len(rows), *rows.shape[1:]))
     gathered = runtime.gather(torch.cat([rows, padding]))

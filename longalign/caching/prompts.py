@@ -35,16 +35,21 @@ def named_leaves(config: RunConfig) -> Iterator[tuple[str, EncoderConfig]]:
 
 
 def prompt_store(config: RunConfig, name: str, leaf: EncoderConfig, runtime: Runtime, **options: Any) -> Store:
-    """Opens the store of one encoder's states; raises the errors of `Store`.
+    """Opens and returns the store of one encoder's states.
 
-    The store's ``identity`` contains the settings that determine the states.
+    The store's ``identity`` (see `longalign.files.store.Store`) contains the settings that determine the states.
 
     Args:
         config: the run's config.
         name: name of the store's folder; see `named_leaves`.
         leaf: config of the encoder; see `named_leaves`.
         runtime: gives the dtype of the states.
-        **options: further keyword arguments of `Store`.
+        **options: further keyword arguments of `Store`, e.g. ``writable``.
+
+    Raises:
+        StaleCache: if the store was made with different settings.
+        FileNotFoundError: if there is no store, and ``writable`` is not True.
+        ValueError: if a file of the store is damaged.
     """
     assert config.cache is not None
     encoder = settings(leaf)
@@ -62,7 +67,7 @@ def make_prompts(
     shard_bytes: int,
     progress: bool,
 ) -> tuple[int, int]:
-    """Encodes the prompts that are not cached yet with one encoder, split over all processes.
+    """Encodes, with one encoder, the prompts that its store does not contain yet, split over all processes.
 
     Args:
         config: the run's config.

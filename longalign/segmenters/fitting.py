@@ -122,7 +122,7 @@ def split_to_window(segments: Sequence[str], limit: int, count: TokenCounter) ->
         Segments of at most ``limit`` tokens, split after clauses where possible, otherwise between words.
 
     Raises:
-        ValueError: as `pieces`.
+        ValueError: if a segment cannot be split; see `pieces`.
     """
     out: list[str] = []
     for segment in segments:

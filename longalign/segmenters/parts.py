@@ -18,8 +18,9 @@ from longalign.segmenters.sentence import sentences
 class Segmenter(Protocol):
     """A callable that splits a prompt into segments: texts, in order, that an encoder encodes separately.
 
-    ``count`` returns the number of tokens of a text for this encoder, without special tokens. Functions with this
-    signature can be registered as segmenters.
+    It is called as ``segmenter(prompt, count)`` and returns a list of texts. ``prompt`` is a text or a list of texts;
+    ``count`` returns the number of tokens of a text for the encoder, without special tokens. Functions with these two
+    arguments can be registered as segmenters.
     """
 
     def __call__(self, prompt: Prompt, count: TokenCounter, /) -> list[str]: ...
@@ -70,7 +71,7 @@ class LongAlign:
     """Segmenter that splits a text exactly as the published LongAlign models do, to reproduce published numbers.
 
     A text is split at every ``.`` and ``?``, at ``!`` after a double quote and at ``;`` before a double quote.
-    Delimiters are dropped and ``.`` is appended to each non-empty piece, e.g. ``'One. Two. '`` becomes
+    These marks and quotes are dropped, and ``.`` is appended to each non-empty piece, e.g. ``'One. Two. '`` becomes
     ``['One.', ' Two.', ' .']``. Decimal numbers are split too.
 
     Raises:
@@ -176,7 +177,7 @@ class Manual:
     """Segmenter that returns segments given by the user: a list of texts, or one text with ``marker`` between segments.
 
     The segments are stripped, and empty ones are dropped. Encoders of the whole prompt, such as T5, join a list with
-    spaces, but encode a marker in a text as a word. Use lists with these encoders.
+    spaces, but encode a marker in a text as a word; for them, write the prompt as a list.
 
     Attributes:
         marker: word that separates segments in a text, case-sensitive.

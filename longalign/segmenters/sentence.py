@@ -64,7 +64,7 @@ def sentences(text: str) -> list[str]:
 
     A period, question mark or exclamation mark ends a sentence. Exceptions: abbreviations (Mr., e.g., U.S., No. 5,
     a.m.), numbers, initials, list markers, ellipses, and quotations within a sentence. Closing quotes and brackets
-    stay with their sentence; quotations and brackets of up to 300 characters are not split inside. A line break ends a
+    stay with their sentence; a text in quotes or brackets of up to 300 characters is not split. A line break ends a
     sentence unless the line has at least 40 characters and the next line starts in lower case (wrapped text). The wide
     marks of Chinese and Japanese, 。！？；, end a sentence even without a following space. The time is linear in the
     length of the text.

@@ -19,11 +19,12 @@ def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int
         segmenter: splits the prompt.
         prompt: a prompt that `check_prompts` accepted.
         count: counts the tokens of a text, without special tokens.
-        window: maximum number of tokens per segment; longer segments are split further. None keeps all segments.
+        window: maximum number of tokens per segment; longer segments are split further. None leaves them
+            as they are.
 
     Raises:
-        ValueError: if the segmenter does not return a list of texts, returns no text for a non-empty prompt, or returns
-            a text that `check_text` rejects. The message contains the segmenter's name.
+        ValueError: if the segmenter does not return a list of texts, returns no word of a prompt that has words, or
+            returns a text that `check_text` rejects. The message contains the segmenter's name.
     """
     segments = segmenter(prompt, count)
     name = f"the segmenter '{_name(segmenter)}'"
@@ -45,10 +46,11 @@ def split(segmenter: Segmenter, prompt: Prompt, count: TokenCounter, window: int
 
 
 def windows(text: str, window: int, count: TokenCounter) -> list[str]:
-    """Splits a text into windows (texts) of at most ``window`` tokens, each packed with whole sentences in order.
+    """Splits a text, in order, into windows: texts of as many whole sentences as fit ``window`` tokens.
 
-    A text of at most ``window`` tokens is returned unchanged. A sentence of more than ``window`` tokens is split after
-    a clause where possible. Only whitespace is lost. ``count`` counts tokens without special tokens.
+    A text of at most ``window`` tokens is returned unchanged, as the only window. A sentence of more than ``window``
+    tokens is split after clauses where possible, otherwise between words. Only whitespace is lost. ``count`` returns
+    the number of tokens of a text, without special tokens.
     """
     return [text] if count(text) <= window else split_to_window(Packed(window)(text, count), window, count)
 

@@ -61,7 +61,7 @@ class Request:
 class VLM(nn.Module):
     """Base class of vision-language models that answer a `Request` with one of its options.
 
-    It is an ``nn.Module``, so that a local model moves to a device with the metric that uses the model.
+    It is an ``nn.Module``, so that a metric that is moved to a device takes its local model along.
     """
 
     #: text that identifies the model and the settings that affect answers, without credentials. Stored answers

@@ -100,7 +100,10 @@ class EndpointConfig(_VLMSection):
     @classmethod
     def _check_variable(cls, name: str | None) -> str | None:
         if name is not None and not ENVIRONMENT_NAME.fullmatch(name):  # not shown: it could be the key itself
-            raise ValueError("expected the name of an environment variable, e.g. OPENAI_API_KEY, not the key itself")
+            raise ValueError(
+                "expected the name of an environment variable, e.g. OPENAI_API_KEY, not the key itself; export the key "
+                "in such a variable"
+            )
         return name
 
     @field_validator("parameters")
@@ -174,14 +177,14 @@ class JudgeConfig(Section):
 
     @classmethod
     def parse(cls, value: Any) -> JudgeConfig:
-        """Validates a mapping and checks the files and environment variables that it names.
+        """Returns the config from a mapping, e.g. of a YAML file; checks the files and environment variables it names.
 
         Raises:
-            ConfigError: with all problems.
+            ConfigError: with all invalid values or, if all values are valid, with all problems of files and variables.
         """
         check_size(value)
         if not isinstance(value, dict):
-            raise ConfigError([("", f"expected a mapping with 'vlm', got {shorten(value)}")])
+            raise ConfigError([("", f"expected a mapping with 'vlm', got {shorten(value)}; write vlm: {{checkpoint: ...}}")])
         try:
             config = cls.model_validate(value)
         except ValidationError as error:
@@ -191,5 +194,8 @@ class JudgeConfig(Section):
         return config
 
     def check_files(self) -> list[ConfigProblem]:
-        """Returns the problems of ``vlm`` as ``(key, message)``; empty if there are none."""
+        """Checks the files and environment variables that ``vlm`` names, without the network.
+
+        Returns problems as ``(key, message)``; empty if there are none.
+        """
         return [(f"vlm.{key}", problem) for key, problem in self.vlm.check_files()]

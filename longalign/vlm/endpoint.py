@@ -75,8 +75,10 @@ class EndpointVLM(VLM):
     def from_config(cls, config: EndpointConfig, runtime: Runtime) -> EndpointVLM:
         """Builds the model with the API key from the environment variable ``config.api_key_env``. Sends nothing.
 
+        If ``config.api_key_env`` is None, the model sends no key.
+
         Raises:
-            ValueError: if the environment variable is not set, or does not contain a key.
+            ValueError: if the environment variable is not set, or contains other characters than printable ASCII.
         """
         for key, problem in config.check_files():
             raise ValueError(f"{key}: {problem}")
@@ -117,10 +119,13 @@ class EndpointVLM(VLM):
             raise error
 
     def reply(self, request: Request, stop: Event) -> str:
-        """Returns the text of the model's reply to one request. Setting ``stop`` in a thread ends further attempts.
+        """Returns the text of the model's reply to one request.
+
+        A different thread can set ``stop``, so that a failed attempt is not repeated.
 
         Raises:
-            EndpointError: if the endpoint rejected the request, or every attempt failed.
+            EndpointError: if the endpoint rejected the request, every attempt failed, or an attempt failed after
+                ``stop`` was set.
         """
         body = json.dumps({**self.fields, "model": self.model, "messages": [_message(request)]}).encode()
         problem, attempt = "", 0

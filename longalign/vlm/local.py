@@ -25,8 +25,9 @@ from longalign.vlm.config import LocalVLMConfig
 class LocalVLM(VLM):
     """A vision-language model of transformers. It answers with the option that is most probable as start of the reply.
 
-    Only the first token of the reply is predicted. The probability of an option is the sum over the first tokens of
-    the option's spellings: as given, lower case, capitalized and upper case, each with and without a space before it.
+    Only the first token of the reply is predicted. The probability of an option is the sum of the probabilities of the
+    first tokens of its spellings: as given, lower case, capitalized and upper case, each with and without a space
+    before it. Tokens that are the first of several options are left out.
 
     Args:
         model: a transformers model that maps images and text to text, e.g. a ``LlavaForConditionalGeneration``.
@@ -125,7 +126,7 @@ def load_processor(checkpoint: str, revision: str | None) -> Any:
         processor: Any = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False, **backend)
     if not getattr(processor, "chat_template", None):
         raise ValueError(
-            f"the {type(processor).__name__} of '{checkpoint}' has no chat template; expected the checkpoint of an "
+            f"the {type(processor).__name__} of '{checkpoint}' has no chat template; use the checkpoint of an "
             "instruction-tuned model, with a chat_template.jinja or chat_template.json"
         )
     processor.tokenizer.padding_side = "left"
@@ -166,7 +167,10 @@ def _download(checkpoint: str) -> Iterator[None]:
 
 
 def chat_text(processor: Any, text: str, num_images: int) -> str:
-    """Returns a chat in the processor's template up to the start of the reply: ``num_images`` images and ``text``."""
+    """Returns the text of a chat in the processor's chat template, up to the start of the reply.
+
+    The chat has one message of the user: placeholders of ``num_images`` images, then ``text``.
+    """
     images = [{"type": "image"} for _ in range(num_images)]
     message = {"role": "user", "content": [*images, {"type": "text", "text": text}]}
     return processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
@@ -202,7 +206,7 @@ def next_token_logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 def text_tokens(tokenizer: Any, text: str) -> list[int]:
     """Returns the token ids of a text, without special tokens and without tokens that consist of spaces.
 
-    If all tokens consist of spaces, returns the last one.
+    If all tokens consist of spaces, returns only the last one.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     # SentencePiece vocabularies may encode the space before a word as a token

@@ -19,9 +19,10 @@ PIXELS = "pixel_values"
 
 
 def model_inputs(processor: Any, texts: Sequence[str], images: Tensor) -> dict[str, Tensor]:
-    """Returns the inputs of a vision-language model for b pairs of an image and a text.
+    """Returns the inputs of a vision-language model, by name, for b pairs of an image and a text.
 
-    ``pixel_values`` among them is differentiable with respect to the images, in float32 (float64 for float64 images).
+    They are those of `longalign.vlm.local.processor_inputs`, but ``pixel_values`` is differentiable with respect to
+    ``images``. Its dtype is float32, or float64 for float64 images.
 
     Args:
         processor: the model's processor, from `longalign.vlm.local.load_processor`.

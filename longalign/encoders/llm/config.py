@@ -15,7 +15,7 @@ SLOT = "{}"
 
 
 class LlmConfig(LoadedConfig):
-    """Encodes prompts with the hidden states of a causal language model, or of a vision-language model without images.
+    """Encodes prompts with the hidden states of a causal language model or, without images, a vision-language model.
 
     The prompt is placed in a template. Settings of published models: for Z-Image, the defaults with ``layer: -2``; for
     Qwen-Image, ``system`` and ``prefix: none``; for Sana, ``template``, ``prefix: first`` and ``lowercase: true``; for

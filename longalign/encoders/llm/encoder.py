@@ -28,12 +28,13 @@ class LlmEncoder(Encoder):
 
     ``prefix`` selects which states of the template before the prompt are kept; those after the prompt are always kept.
     With a segmenter, each segment is encoded separately in the template. The states of the segments are then
-    concatenated; template states are kept only before the first and after the last segment. A batch is padded to the
-    longest prompt, with a mask. The model is causal, so a prompt's states do not depend on the padding.
+    concatenated; template states are kept only before the first and after the last segment.
 
-    With ``pad_to``, the states of padding tokens are used instead, without a mask. The padding tokens belong to the
-    last pass of a prompt, or to the first one if the tokenizer pads on the left. The language model's attention masks
-    them. If a batch has longer prompts, the last state of shorter ones is repeated.
+    Without ``pad_to``, a batch is padded to the longest prompt, with a mask. The model is causal, so a prompt's states
+    do not depend on the padding. With ``pad_to``, the padding states are those of padding tokens, and the conditioning
+    has no mask. The padding tokens belong to the last forward pass of a prompt, or to the first one if the tokenizer
+    pads on the left. In the language model, no other token attends to them. If a batch has a prompt of more than
+    ``pad_to`` states, the last state of each shorter prompt is repeated.
 
     Args:
         model: a causal transformers model without a head, e.g. a ``Qwen3Model``.
@@ -46,10 +47,11 @@ class LlmEncoder(Encoder):
         layers: layers whose states are concatenated along the width, as indices of transformers' ``hidden_states``: -1
             for the last one, after the final normalization.
         lowercase: whether prompts are converted to lower case.
-        max_tokens: maximum number of tokens of the prompt, or of a segment, per forward pass, without the template's.
+        max_tokens: maximum number of tokens of the prompt, or of a segment, per forward pass, without those of the
+            template.
         pad_to: number of states to which shorter prompts are padded without a mask; None pads with a mask.
-        overflow: what to do with longer prompts without a segmenter: ``"truncate"`` truncates with a warning,
-            ``"error"`` raises.
+        overflow: what to do with prompts of more than ``max_tokens`` tokens if there is no segmenter: ``"truncate"``
+            truncates with a warning, ``"error"`` raises. With a segmenter, long segments are split.
         max_batch_tokens: maximum number of tokens, including template and padding, per call of the model.
 
     Raises:
@@ -118,7 +120,8 @@ class LlmEncoder(Encoder):
         """Loads the language model and its tokenizer, and builds the segmenter. Code of the checkpoint is not run.
 
         Raises:
-            ValueError: if the checkpoint does not exist or is incomplete, or does not fit the settings.
+            ValueError: if the checkpoint does not exist or is incomplete, or the settings do not fit the model or its
+                tokenizer; see the class.
         """
         checkpoint = resolve_checkpoint(config.checkpoint)
         folder, tokenizer_folder = subfolders(checkpoint, config.subfolder, config.revision)

@@ -36,7 +36,7 @@ def chat_template(tokenizer: Any, system: str | None, variables: Mapping[str, An
     Args:
         tokenizer: a transformers tokenizer.
         system: text of the system message; None passes no system message to the chat template.
-        variables: values of variables of the chat template.
+        variables: values of variables of the chat template, by name.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or the chat template rejects the messages, does not contain
@@ -67,22 +67,22 @@ def chat_template(tokenizer: Any, system: str | None, variables: Mapping[str, An
         ) from error
     if text.count(_MARK) != 1:
         raise ValueError(
-            f"expected a chat template that contains the user's message once, got it {text.count(_MARK)} times; set "
-            "template to a text with {}"
+            f"expected a chat template that contains the user's message once, got a template that contains it "
+            f"{text.count(_MARK)} times; set template to a text with {{}}"
         )
     before, _, after = text.partition(_MARK)
     return before, after
 
 
 class Template:
-    """A template in which texts are tokenized.
+    """A template in which texts are tokenized. Calling it with a list of texts returns one `TemplateRow` per text.
 
     Template and text are tokenized together, because a space before the text may be part of the text's first token.
     That token counts as the text's. Names of special tokens become special tokens in the template only; in a text, they
     are tokenized as plain text.
 
     Args:
-        tokens: the tokenizer.
+        tokens: the tokenizer, as a `longalign.tokens.TextTokens`.
         prefix: the template before the text.
         suffix: the template after the text.
         add_special_tokens: whether the tokenizer adds its special tokens, such as ``<bos>``, to the template.

@@ -75,7 +75,7 @@ class TextAdapter(Adapter):
         """Loads the adapter of ``config.checkpoint``; if it is None, initializes one. The weights are float32.
 
         Raises:
-            ValueError: as `load`.
+            ValueError: if the adapter cannot be loaded; see `load`.
         """
         if config.checkpoint is not None:
             adapter = cls.load(resolve_checkpoint(config.checkpoint), config.subfolder, config.revision)
@@ -118,7 +118,7 @@ class TextAdapter(Adapter):
             adapter.load_state_dict(state)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"{weights}: expected weights that match the widths in config.json, use the files of one adapter: "
+                f"{weights}: expected weights that match the widths in config.json; use the files of one adapter: "
                 f"{error}"
             ) from error
         return adapter

@@ -68,7 +68,7 @@ class AdapterConfig(PartConfig):
 
 
 class T5Config(LoadedConfig):
-    """Encodes the whole prompt with T5's encoder; long prompts in windows of whole sentences."""
+    """Encodes the whole prompt with T5's encoder, by default in windows of whole sentences if the prompt is long."""
 
     target: ClassVar[str] = "longalign.encoders.t5.encoder:T5Encoder"
     adapter_key: ClassVar[str | None] = "adapter"

@@ -31,11 +31,11 @@ from longalign.tokens import TextTokens, Tokenized
 class T5Encoder(Encoder):
     """Encodes the whole prompt with a frozen T5 encoder and an optional adapter.
 
-    As in the published model, prompts are padded to ``max_tokens`` without a mask: T5 and the denoiser attend to the
-    padding. The states of a prompt do not depend on the rest of the batch. If the longest prompt of a batch has more
-    than ``max_tokens`` states, the last state of each shorter prompt is repeated. With ``overflow="grow"``, a prompt
-    longer than ``window`` is encoded in windows of whole sentences, each with an end-of-text token, and the states are
-    concatenated.
+    Prompts are padded to ``max_tokens``. With ``mask=False``, as in the published model, T5 and the denoiser attend to
+    the padding. If the longest prompt of a batch has more than ``max_tokens`` states, shorter prompts are padded
+    further by repeating their last state; apart from that, the states of a prompt do not depend on the batch. With
+    ``overflow="grow"``, a prompt longer than ``window`` is encoded in windows of whole sentences, each with an
+    end-of-text token, and the states are concatenated.
 
     Args:
         model: a transformers ``T5EncoderModel``.
@@ -47,9 +47,10 @@ class T5Encoder(Encoder):
         window: maximum number of tokens per forward pass, including the end-of-text token; a value below
             ``max_tokens`` is raised to ``max_tokens``. Attention memory is quadratic in ``window``. T5 was trained with
             512.
-        mask: True masks padding in T5 and in the conditioning, whose masked states are zero; ``"t5"`` only in T5.
+        mask: where padding is masked. True: in T5 and in the conditioning, whose masked states are zero; ``"t5"``: only
+            in T5; False: in neither.
         max_batch_tokens: maximum number of tokens, including padding, per call of the model.
-        length_key: the config key that messages about truncation name for ``max_tokens``.
+        length_key: name of the config key that sets ``max_tokens``, for messages about truncation.
 
     Raises:
         ValueError: if the adapter's input width does not match T5's width.
