@@ -184,7 +184,7 @@ class JudgeConfig(Section):
         """
         check_size(value)
         if not isinstance(value, dict):
-            raise ConfigError([("", f"expected a mapping with 'vlm', got {shorten(value)}; write vlm: {{checkpoint: ...}}")])
+            raise ConfigError([("", f"expected a mapping with 'vlm', got {shorten(value)}; write vlm: {{...}}")])
         try:
             config = cls.model_validate(value)
         except ValidationError as error:
