@@ -47,7 +47,7 @@ class LongClipEncoder(ClipTruncateEncoder):
         if model.config.max_position_embeddings <= 77:
             raise ValueError(
                 f"expected a LongCLIP with 248 positions, got {model.config.max_position_embeddings} in "
-                f"'{config.checkpoint}'; use 'clip-truncate' or 'clip-segment' for CLIP"
+                f"'{config.checkpoint}'; use the encoder 'clip-truncate' or 'clip-segment'"
             )
         if config.tokenizer is not None:
             tokenizer = load_tokenizer(resolve_checkpoint(config.tokenizer), "", None)

@@ -64,7 +64,9 @@ def load_clip_text_model(
     try:
         return model, load_tokenizer(source, folder.replace("text_encoder", "tokenizer"), None)
     except ValueError as error:
-        raise ValueError(f"a single file has no tokenizer; {advice} and with its tokenizer ({error})") from error
+        raise ValueError(
+            f"a single file has no tokenizer, and '{source}' has no readable one; {advice} and a tokenizer ({error})"
+        ) from error
 
 
 def read_clip(path: Path, folder: str) -> tuple[dict[str, Tensor], str]:
