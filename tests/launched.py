@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 from unittest import mock
@@ -222,12 +223,14 @@ def launch(folder, *settings):
     command = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command += [str(file), str(folder)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    start = partial(subprocess.run, command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    inputs = shutil.copytree(folder, f"{folder}-inputs")
+    process = start()
     if "SIGSEGV" in process.stderr:
         warnings.warn(f"a launched process crashed and is started again:\n{process.stderr[-4000:]}", stacklevel=2)
-        for run in Path(folder).iterdir():
-            shutil.rmtree(run) if run.is_dir() else run.unlink()
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+        shutil.rmtree(folder)
+        shutil.copytree(inputs, folder)
+        process = start()
     assert process.returncode == 0, process.stderr[-4000:]
 
 

@@ -1,6 +1,7 @@
 """Two processes train as one process does with the same global batch, with DDP and with FSDP."""
 
 import json
+from subprocess import CompletedProcess
 
 import launched
 import numpy as np
@@ -31,6 +32,22 @@ def outputs(tmp_path_factory):
     with launched.registered():
         launched.train(folders["one"], configs=launched.all_configs)
     return folders
+
+
+def test_launch_after_a_crash_starts_from_the_same_files(tmp_path, monkeypatch):
+    folder, seen = tmp_path / "run", []
+    (folder / "clip").mkdir(parents=True)
+
+    def start(command, **_):
+        seen.append(sorted(p.name for p in folder.iterdir()))
+        (folder / "output").touch()
+        crashed = len(seen) == 1
+        return CompletedProcess(command, int(crashed), stderr="Signal 11 (SIGSEGV)" if crashed else "")
+
+    monkeypatch.setattr(launched.subprocess, "run", start)
+    with pytest.warns(UserWarning, match="SIGSEGV"):
+        launched.launch(folder)
+    assert seen == [["clip"], ["clip"]]
 
 
 def results(folder):
