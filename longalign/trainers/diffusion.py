@@ -139,23 +139,12 @@ def _is_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _set_training(root: nn.Module, mode: bool) -> None:
-    flags: dict[nn.Module, set[bool]] = {}  # the values of requires_grad in each module and its submodules
-
-    def collect(module: nn.Module) -> set[bool]:
-        if module not in flags:
-            own = {parameter.requires_grad for parameter in module.parameters(recurse=False)}
-            flags[module] = own.union(*map(collect, module.children()))
-        return flags[module]
-
-    def assign(module: nn.Module, mode: bool) -> None:
-        # Modules without parameters, such as dropout, take the mode of their parent.
-        module.training = mode and flags[module] != {False}
-        for child in module.children():
-            assign(child, module.training)
-
-    collect(root)
-    assign(root, mode)
+def _set_training(module: nn.Module, mode: bool) -> None:
+    parameters = list(module.parameters())
+    # Modules without parameters, such as dropout, take the mode of their parent.
+    module.training = mode and (not parameters or any(p.requires_grad for p in parameters))
+    for child in module.children():
+        _set_training(child, module.training)
 
 
 @contextmanager
