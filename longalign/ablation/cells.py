@@ -49,7 +49,7 @@ class Cell:
     def folder(self) -> str:
         """Folder name of the cell: the cell's name, if it is a valid file name of at most `LONGEST` characters.
 
-        In any other name, invalid characters are replaced, the end is cut off, and a hash of the name is appended.
+        In any other name, invalid characters are replaced, the end is truncated, and a hash of the name is appended.
         """
         text = re.sub(r"[^\w.=,+-]+", "_", self.name).strip("_.") or "cell"
         if text == self.name and len(text) <= LONGEST:

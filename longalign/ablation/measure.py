@@ -61,7 +61,7 @@ def merge(table: MetricTable, runs: Mapping[str, tuple[Cell, int | None]], seeds
     Args:
         table: the values of each run.
         runs: name of a model of ``table`` -> its cell and training seed; the seed is None if the cell is not trained.
-        seeds: the training seeds of the ablation; those without any run are left out.
+        seeds: the training seeds of the ablation; those without any run are omitted.
     """
     of = {(cell.name, seed): model for model, (cell, seed) in runs.items()}
     cells = {cell.name: cell for cell, _ in runs.values()}

@@ -394,7 +394,7 @@ class Backbone(nn.Module):
     def full_state(self) -> dict[str, Tensor]:
         """Returns the denoiser's weights on the CPU, with the names that diffusers uses.
 
-        Merged LoRAs are included in the weights; an unmerged LoRA is left out. Of sharded weights (FSDP2), only the
+        Merged LoRAs are included in the weights; an unmerged LoRA is omitted. Of sharded weights (FSDP2), only the
         first process gets values; see `longalign.sharding.gather_full`.
         """
         state = {}

@@ -31,7 +31,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def smooth(values: Sequence[float], window: int) -> list[float]:
     """Returns the centred moving mean over ``window`` values, or over one more if ``window`` is even.
 
-    At the ends, the values that do not exist are left out.
+    At the ends, the values that do not exist are omitted.
     """
     half = window // 2
     means = []

@@ -18,7 +18,7 @@ from longalign.runtime import processor
 def read_log(path: Path | str) -> dict[str, tuple[list[float], list[float]]]:
     """Returns the curves in the log of a training run: name of a value -> (steps, values), by ascending step.
 
-    If a step is repeated, as after resuming, the last value is used. The value ``seconds`` is left out. An unfinished
+    If a step is repeated, as after resuming, the last value is used. The value ``seconds`` is omitted. An unfinished
     last line, which a run is just writing, is skipped.
 
     Args:

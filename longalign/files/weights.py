@@ -29,7 +29,7 @@ CHECKSUM = "checksum"
 def reading(what: str | Path, advice: str = "download or copy it again") -> Iterator[None]:
     """Context manager: inside, an error of torch or safetensors about an unreadable file becomes a ValueError.
 
-    torch's advice to allow a pickle to run code is left out of the message. Other errors are not changed.
+    torch's advice to allow a pickle to run code is omitted from the message. Other errors are not changed.
 
     Args:
         what: name of the file, at the start of the message.

@@ -23,7 +23,7 @@ def micro_batched(
         size: number of images per micro-batch; None: all images in one call.
         images: ``(b, ...)``, one row per image, e.g. pixels or states.
         rows: further arguments of length b, e.g. texts.
-        trainable: whether parameters that ``function`` uses need gradient. If so, the recomputed call draws the same
+        trainable: whether parameters that ``function`` uses need gradient. If so, the recomputed call samples the same
             random numbers as the first call, e.g. for dropout.
     """
     if size is None or len(images) <= size:

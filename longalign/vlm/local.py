@@ -27,7 +27,7 @@ class LocalVLM(VLM):
 
     Only the first token of the reply is predicted. The probability of an option is the sum of the probabilities of the
     first tokens of its spellings: as given, lower case, capitalized and upper case, each with and without a space
-    before it. Tokens that are the first of several options are left out.
+    before it. Tokens that are the first of several options are omitted.
 
     Args:
         model: a transformers model that maps images and text to text, e.g. a ``LlavaForConditionalGeneration``.
